@@ -67,7 +67,7 @@ def compare(
         typer.Option(
             metavar="[METRIC=]PERCENT",
             help="Largest relative regression allowed. PERCENT, e.g. 10%, applies to all metrics; METRIC=PERCENT, e.g. "
-            "rougeL=2%, applies to one metric. Default: 5%.",
+            "held_out_loss=2%, applies to one metric. Default: 5%.",
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -35,10 +35,12 @@ def show(
 ) -> None:
     """Print the complete recipe, defaults and overrides included, with a one-line description of each key."""
     from peftbench.errors import RecipeError
+    from peftbench.evaluation.metrics.registry import METRICS
     from peftbench.recipe.arguments import load_recipe_from_arguments
     from peftbench.recipe.differences import describe_recipe_differences
     from peftbench.recipe.loader import to_commented_yaml
-    from peftbench.report.tables.columns import COLUMNS
+    from peftbench.report.analysis.quality_metrics import QualityMetric
+    from peftbench.report.tables.columns import list_columns
     from peftbench.run_dir.layout import RunDir
 
     with cli_errors():
@@ -47,7 +49,8 @@ def show(
             usage = "--glossary takes no argument" if glossary else "--diff takes two files"
             raise RecipeError(f"peftbench show {usage}, and {others[0]} was given too", "remove it")
         if glossary:
-            print("\n".join(f"{column.title}: {column.description}" for column in COLUMNS))
+            scores = [QualityMetric(*item) for metric in METRICS.values() for item in metric.scores.items()]
+            print("\n".join(f"{column.title}: {column.description}" for column in list_columns(scores)))
             return
         if diff is not None:
             print(describe_recipe_differences(*diff))

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftbench.errors import MetricError, RecordError
 from peftbench.evaluation.intervals import bootstrap_interval
+from peftbench.evaluation.metrics.base import LossMetric
 from peftbench.evaluation.metrics.selection import select_headline_metric, select_metrics
 from peftbench.record import Interval, PerExample, Quality, Sample, Score, ScoreDefinition
 from peftbench.record.quality import MAX_SAMPLE_CHARS
@@ -69,7 +70,12 @@ def add_scores(recipe: Recipe, quality: Quality, outputs: Sequence[Output]) -> Q
     """
     metrics = [one for one in select_metrics(recipe) if recipe.method.needs_model or one.needs == "generated"]
     per_example = quality.per_example.model_copy(update={"metrics": {}}) if quality.per_example else None
-    cleared = {"metrics": {}, "teacher_forced_metrics": {}, "headline_metric": None, "per_example": per_example}
+    cleared: dict[str, Any] = {
+        "metrics": {},
+        "teacher_forced_metrics": {},
+        "headline_metric": None,
+        "per_example": per_example,
+    }
     scored = merge_scores(
         metrics, quality.model_copy(update=cleared), outputs, resamples=recipe.evaluate.bootstrap_resamples
     )
@@ -115,8 +121,15 @@ def merge_scores(metrics: Sequence[Metric], quality: Quality, outputs: Sequence[
 
 def _compute(metric: Metric, per_example: PerExample, outputs: Sequence[Output]) -> Values:
     """Return the values of a metric, one per output."""
-    metric.check_outputs(outputs)
-    values = metric.compute(outputs)
+    if isinstance(metric, LossMetric):
+        if not per_example.loss:
+            raise RecordError(
+                f"the metric {metric.name} needs held-out losses, which the record lacks", "leave the metric out"
+            )
+        values = metric.compute_from_losses(per_example.loss, per_example.labeled_tokens)
+    else:
+        metric.check_outputs(outputs)
+        values = metric.compute(outputs)
     for name, one in values.items():
         if len(one) != len(outputs):
             raise MetricError(f"the metric {metric.name} gave {len(one)} values of {name} for {len(outputs)} examples")

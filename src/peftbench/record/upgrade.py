@@ -32,5 +32,4 @@ def upgrade_recipe(values: Values, schema_version: object) -> Values:
 def _get_upgrade(
     upgrades: dict[int, Callable[[Values], Values]], schema_version: object
 ) -> Callable[[Values], Values] | None:
-    is_number = isinstance(schema_version, int) and not isinstance(schema_version, bool)
-    return upgrades.get(schema_version) if is_number else None  # type: ignore[arg-type]
+    return upgrades.get(schema_version) if isinstance(schema_version, int) else None

@@ -32,7 +32,7 @@ def sort_records(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 def sample_key(sample: Sample) -> tuple[str, str, str]:
     """Return the key of a sample's example. The id alone is not enough: two datasets may use the same ids."""
-    return sample.id, sample.article, sample.reference
+    return sample.id, sample.prompt, sample.reference
 
 
 def with_unique_names(records: Mapping[Path, RunRecord]) -> dict[Path, RunRecord]:

@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from peftbench.cli.app import app
 from peftbench.errors import OutputError
-from peftbench.report.tables.columns import COLUMNS
+from peftbench.report.analysis.quality_metrics import QualityMetric
+from peftbench.report.tables.columns import list_columns
 from peftbench.slurm import folder
 from tests.helpers.project import RECIPE
+from tests.helpers.scores import DEFINITIONS
 
 
 @pytest.fixture
@@ -29,7 +31,9 @@ def test_show_glossary_prints_every_column() -> None:
     """Check that each line has a column's title and description."""
     result = CliRunner().invoke(app, ["show", "--glossary"])
     assert result.exit_code == 0, result.output
-    assert result.output.splitlines() == [f"{column.title}: {column.description}" for column in COLUMNS]
+    columns = list_columns([QualityMetric(name, definition) for name, definition in DEFINITIONS.items()])
+    assert result.output.splitlines() == [f"{column.title}: {column.description}" for column in columns]
+    assert "ROUGE-L" in {column.title for column in columns}
 
 
 def test_existing_file_is_not_an_override(recipe_file: Path) -> None:

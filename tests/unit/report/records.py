@@ -23,6 +23,7 @@ from peftbench.record import (
     Tokens,
     TokensPerSecond,
 )
+from tests.helpers.scores import build_scores
 
 
 def build_record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRecord:
@@ -44,8 +45,9 @@ def build_record(name: str, kind: str, trainable: int | None, **changes: Any) ->
         num_examples=3,
         loss=changes.pop("loss", 3.25),
         perplexity=25.8,
-        rouge=dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), score),
-        samples=(Sample(id="a", article="one\ntwo", reference="ref | x", generated=f"by {name}"),),
+        metrics=build_scores(rouge1=score, rouge2=score, rougeL=score, rougeLsum=score),
+        headline_metric="rougeL",
+        samples=(Sample(id="a", prompt="one\ntwo", reference="ref | x", generated=f"by {name}"),),
     )
     values: dict[str, Any] = {
         "name": name,
@@ -86,9 +88,10 @@ def build_judged_record(
         split="test",
         num_examples=count,
         loss=sum(losses) / sum(labeled) if labeled else None,
-        rouge={"rougeL": score} if score else None,
+        metrics=build_scores(rougeL=score) if score else {},
+        headline_metric="rougeL" if score else None,
         per_example=PerExample(
-            examples_fingerprint=identity, loss=tuple(losses), labeled_tokens=tuple(labeled), rouge=rouge
+            examples_fingerprint=identity, loss=tuple(losses), labeled_tokens=tuple(labeled), metrics=rouge
         ),
     )
     method_fields: dict[str, Any] = {"steps": 20} if is_trained else {"tokens": None, "steps": 0, "phase_seconds": {}}

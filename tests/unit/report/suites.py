@@ -13,6 +13,7 @@ from peftbench.record import Compute, Flops, Interval, Memory, PerExample, RunRe
 from peftbench.report.diff.compute import MetricDiff, RunDiff, SuiteDiff, diff_suites
 from peftbench.report.diff.metrics import parse_thresholds
 from peftbench.report.diff.render import print_diff
+from tests.helpers.scores import build_scores
 from tests.unit.report.records import build_record
 
 
@@ -72,9 +73,9 @@ def build_scored_run(
     mean = sum(rouge) / len(rouge)
     quality = run.quality.model_copy(
         update={
-            "rouge": {"rougeL": Interval(mean=mean, low=mean, high=mean)},
+            "metrics": build_scores(rougeL=Interval(mean=mean, low=mean, high=mean)),
             "per_example": PerExample(
-                examples_fingerprint=identity, loss=losses, labeled_tokens=labeled, rouge={"rougeL": rouge}
+                examples_fingerprint=identity, loss=losses, labeled_tokens=labeled, metrics={"rougeL": rouge}
             ),
         }
     )

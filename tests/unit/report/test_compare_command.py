@@ -17,7 +17,7 @@ from peftbench.cli.app import app
 from peftbench.errors import REGRESSION_EXIT_CODE, OutOfRangeError, PeftbenchError, UnknownKeyError, WrongTypeError
 from peftbench.record import RECORD_FILE, read_record
 from peftbench.report.diff.compute import SuiteDiff, diff_suites
-from peftbench.report.diff.metrics import parse_thresholds
+from peftbench.report.diff.metrics import build_metrics, parse_thresholds
 from peftbench.report.diff.render import print_diff, regression_summary
 from tests.helpers.paths import REPOSITORY
 from tests.unit.report.suites import build_run, build_scored_run, capture_printed, write_suite
@@ -31,7 +31,11 @@ DEMO = REPOSITORY / "docs" / "results" / "demo"
         (["rogueL=2%"], UnknownKeyError, "did you mean 'rougeL'?"),
         (["outcome=2%"], UnknownKeyError, "unknown metric 'outcome'"),
         (["=2%"], UnknownKeyError, "unknown metric ''"),
-        (["five"], WrongTypeError, "'five' is not a threshold; give a nonnegative percentage, e.g. 5% or rougeL=2%"),
+        (
+            ["five"],
+            WrongTypeError,
+            "'five' is not a threshold; give a nonnegative percentage, e.g. 5% or held_out_loss=2%",
+        ),
         (["rougeL="], WrongTypeError, "'rougeL=' is not a threshold"),
         (["rougeL=-2%"], WrongTypeError, "is not a threshold"),
         (["nan"], WrongTypeError, "is not a threshold"),
@@ -44,8 +48,9 @@ DEMO = REPOSITORY / "docs" / "results" / "demo"
 )
 def test_invalid_threshold_is_refused(thresholds: list[str], error_class: type[PeftbenchError], message: str) -> None:
     """Refuse a threshold that is not a percentage or names an unknown metric, in a message of one line."""
+    names = build_metrics([build_run()])
     with pytest.raises(error_class, match=re.escape(message)) as error:
-        parse_thresholds(thresholds)
+        parse_thresholds(thresholds).check_names(names)
     assert "\n" not in str(error.value)
 
 
@@ -116,7 +121,7 @@ def test_unreadable_record_is_named(side: str, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["compare", *map(str, folders), "--html", str(page)])
     assert result.exit_code == (REGRESSION_EXIT_CODE if side == "B" else 0)
-    sentence = f"not compared, in {side}: {tmp_path / side / 'b' / RECORD_FILE} is not a record of schema 2"
+    sentence = f"not compared, in {side}: {tmp_path / side / 'b' / RECORD_FILE} is not a record of schema 3"
     assert sentence in result.stdout
     assert sentence in page.read_text(encoding="utf-8")
     answer = json.loads(CliRunner().invoke(app, ["compare", *map(str, folders), "--json"]).stdout)

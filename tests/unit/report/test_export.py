@@ -8,16 +8,17 @@ import re
 import pytest
 
 from peftbench.record import Outcome
-from peftbench.report.tables.columns import COLUMNS
+from peftbench.report.tables.columns import build_columns
 from peftbench.report.tables.export import json_table, latex_table
 from tests.unit.report.records import build_record
 
 
 def test_json_has_every_metric_and_its_description() -> None:
     """Write one object per run with each column's raw values and the recipe; an unknown value is null."""
-    table = json.loads(json_table([build_record("a", "lora", 10), build_record("b", "full", 1000)], ["A sentence."]))
+    records = [build_record("a", "lora", 10), build_record("b", "full", 1000)]
+    table = json.loads(json_table(records, ["A sentence."]))
     assert table["summary"] == ["A sentence."]
-    assert set(table["columns"]) == {column.title for column in COLUMNS}
+    assert set(table["columns"]) == {column.title for column in build_columns(records)}
     assert [run["run"] for run in table["runs"]] == ["a", "b"]
     assert table["runs"][0]["trainable_parameters"] == 10
     assert table["runs"][0]["rougeL"] == 31.25

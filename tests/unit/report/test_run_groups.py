@@ -11,7 +11,9 @@ from pydantic import BaseModel
 
 from peftbench.methods.last_layer import LastLayer
 from peftbench.record import Device, Outcome
+from peftbench.report.analysis.quality_metrics import HELD_OUT_LOSS, QualityMetric
 from peftbench.report.analysis.run_groups import group_runs, recipe_key
+from tests.helpers.scores import DEFINITIONS
 from tests.helpers.workshop import Workshop
 from tests.unit.report.records import build_costs, build_judged_record, build_record, draw_scores
 
@@ -35,6 +37,9 @@ def test_label_is_the_common_part_of_names(names: list[str], label: str) -> None
     """Use a single run's own name, on one line, and append the method if the label lacks it."""
     (group,) = group_runs([build_record(name, "lora", 10, seed=seed) for seed, name in enumerate(names)])
     assert (group.label, group.method_kind, len(group.runs)) == (label, "lora", len(names))
+
+
+ROUGE_L = QualityMetric("rougeL", DEFINITIONS["rougeL"])
 
 
 def test_equal_names_get_distinct_labels() -> None:
@@ -128,7 +133,7 @@ def test_repeated_seed_counts_once() -> None:
     ]
     (group,) = group_runs(rows)
     assert (group.label, len(group.runs)) == ("full", 4)
-    assert group.held_out_losses == group.rouge_l_scores == (2.0, 5.0, 9.0)
+    assert group.means_by_seed(HELD_OUT_LOSS) == group.means_by_seed(ROUGE_L) == (2.0, 5.0, 9.0)
 
 
 def test_grouping_does_not_modify_records() -> None:
@@ -152,7 +157,7 @@ def test_metrics_are_means_of_runs_with_outcome_ok() -> None:
     assert (len(group.runs), len(group.ok_runs), group.is_trained) == (3, 2, True)
     assert (group.mean_peak_bytes, group.mean_train_seconds, group.mean_model_flops) == (200, 30.0, 15)
     assert group.step_seconds_range == pytest.approx((0.95, 2.1))
-    assert (group.rouge_l_scores, group.held_out_losses) == ((2.0, 4.0), ())
+    assert (group.means_by_seed(ROUGE_L), group.means_by_seed(HELD_OUT_LOSS)) == ((2.0, 4.0), ())
 
 
 def test_mean_is_unknown_if_one_run_lacks_the_value() -> None:
@@ -166,7 +171,7 @@ def test_mean_is_unknown_if_one_run_lacks_the_value() -> None:
         None,
         None,
     )
-    assert group.held_out_losses == (3.25,)
+    assert group.means_by_seed(HELD_OUT_LOSS) == (3.25,)
 
 
 def test_baselines_are_not_trained() -> None:

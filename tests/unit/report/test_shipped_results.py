@@ -153,8 +153,7 @@ def read_loss_and_rouge(record: RunRecord) -> tuple[float, tuple[float, float]]:
     """Return the held-out loss and the ends of the ROUGE-L interval."""
     assert record.quality is not None
     assert record.quality.loss is not None
-    assert record.quality.rouge is not None
-    score = record.quality.rouge["rougeL"]
+    score = record.quality.metrics["rougeL"].interval
     return record.quality.loss, (score.low, score.high)
 
 

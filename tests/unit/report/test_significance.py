@@ -237,26 +237,26 @@ def test_one_or_two_examples_are_not_significant(count: int) -> None:
         False,
     )
     assert comparisons.metric is not None
-    assert comparisons.metric.key == "rougeL"
+    assert comparisons.metric.score_name == "rougeL"
 
 
 def test_metric_without_comparisons() -> None:
     """Use ROUGE-L if all runs with a known quality have it, else the loss; None if no quality is known."""
     with_rouge = build_record("older", "full", 10)
     assert with_rouge.quality is not None
-    quality_without_rouge = with_rouge.quality.model_copy(update={"rouge": None})
+    quality_without_rouge = with_rouge.quality.model_copy(update={"metrics": {}})
     without_rouge = build_record("mute", "lora", 10, quality=quality_without_rouge)
     oom = build_record("ended", "lora", 10, quality=None, method={"x": 1}, outcome=Outcome(kind="oom"))
     for rows, key in (
         ([GOOD], "rougeL"),
         ([with_rouge, oom], "rougeL"),
-        ([with_rouge, without_rouge, GOOD], "loss"),
-        ([without_rouge], "loss"),
+        ([with_rouge, without_rouge, GOOD], None),
+        ([without_rouge], None),
     ):
         comparisons = compare_groups(rows)
         assert comparisons.pair_comparisons == ()
         assert comparisons.metric is not None
-        assert comparisons.metric.key == key
+        assert comparisons.metric.score_name == key
     assert compare_groups([oom]).metric is None
 
 
@@ -330,7 +330,7 @@ def test_runs_are_compared_by_loss_if_one_has_no_summaries() -> None:
     assert comparisons.metric is not None
     assert comparisons.metric.unit == "nats"
     assert comparisons.exclusion_notes == (
-        "All runs are compared by held-out loss, because these have no generated summaries: lora",
+        "All runs are compared by held-out loss, because these have no ROUGE-L: lora",
         "Not compared, no held-out loss: lead_1",
     )
 

@@ -15,7 +15,7 @@ from tests.unit.report.records import build_costs, build_judged_record, build_re
 COUNT = 100
 BASE = draw_scores(COUNT, 0, spread=10)
 VERDICT = re.compile(r"\b(?:better|worse|higher|lower|wins?|beats?)\b")
-OPENING = "Compared by ROUGE-L of generated summaries (higher is better) with full."
+OPENING = "Compared by ROUGE-L (higher is better) with full."
 ONE_SEED = "on seed 0; another seed may change the order: use 3 seeds."
 
 
@@ -202,8 +202,7 @@ def test_reference_is_full_fine_tuning_or_best_mean() -> None:
     full_oom = build_full_run(quality=None, outcome=Outcome(kind="oom", step=2))
     assert summarize([build_full_run(), last_layer, build_lora_run(9)])[0] == OPENING
     assert summarize([full_oom, last_layer, build_lora_run(9)])[0] == (
-        "Compared by ROUGE-L of generated summaries (higher is better) with lora, selected as the best trained "
-        "configuration by this metric."
+        "Compared by ROUGE-L (higher is better) with lora, selected as the best trained configuration by this metric."
     )
     two_full_runs = [
         build_full_run(),

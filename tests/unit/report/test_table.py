@@ -26,7 +26,7 @@ from peftbench.record import (
     TokensPerSecond,
 )
 from peftbench.report.runs import sort_records
-from peftbench.report.tables.columns import COLUMNS
+from peftbench.report.tables.columns import build_columns
 from peftbench.report.tables.table import (
     _rich_table,
     _table_width,
@@ -39,6 +39,7 @@ from peftbench.report.tables.table import (
     print_table,
 )
 from peftbench.report.text.escape import terminal_safe
+from tests.helpers.scores import build_scores
 from tests.unit.report.records import build_record
 
 
@@ -75,9 +76,11 @@ def test_cells_match_known_metrics() -> None:
 
 def test_columns_have_descriptions_and_unique_csv_names() -> None:
     """Check that each column has a description and that no two columns write the same CSV field."""
-    names = [name for column in COLUMNS for name in column.raw_values(build_record("x", "full", 1))]
-    assert len(COLUMNS) > 8
-    assert all(column.description for column in COLUMNS)
+    one = build_record("x", "full", 1)
+    columns = build_columns([one])
+    names = [name for column in columns for name in column.raw_values(one)]
+    assert len(columns) > 8
+    assert all(column.description for column in columns)
     assert len(names) == len(set(names))
 
 
@@ -110,7 +113,9 @@ def test_column_is_sorted_by_the_value_it_shows() -> None:
         "MFU": 0.25,
         "peak mem (MiB)": 5 * 2**20,
     }
-    first_values = {column.title: next(iter(column.raw_values(run_record).values())) for column in COLUMNS}
+    first_values = {
+        column.title: next(iter(column.raw_values(run_record).values())) for column in build_columns([run_record])
+    }
     assert {title: first_values[title] for title in expected} == expected
 
 
@@ -137,12 +142,12 @@ def test_memory_and_flops_have_columns_if_known() -> None:
 
 
 def test_teacher_forced_rouge_has_its_own_column() -> None:
-    """Keep it separate from ROUGE of generated summaries; show the column only if a run computed it."""
+    """Keep it separate from ROUGE of generated text; show the column only if a run computed it."""
     plain = build_record("a", "full", 1)
-    forced = {"rougeL": Interval(mean=77.0, low=76.0, high=78.0)}
+    forced = build_scores(rougeL=Interval(mean=77.0, low=76.0, high=78.0))
     assert plain.quality is not None
     with_forced = build_record(
-        "b", "full", 1, quality=plain.quality.model_copy(update={"teacher_forced_argmax_rouge": forced})
+        "b", "full", 1, quality=plain.quality.model_copy(update={"teacher_forced_metrics": forced})
     )
     assert "teacher-forced" not in markdown_table([plain])
     table = markdown_table([plain, with_forced])
@@ -156,7 +161,7 @@ def test_csv_keeps_full_precision() -> None:
     (row,) = csv.DictReader(io.StringIO(csv_table([build_record("a", "lora", 10, loss=1 / 3)])))
     assert float(row["held_out_loss"]) == 1 / 3
     assert (row["trainable_fraction"], row["rougeL_low"], row["train_seconds"]) == ("0.01", "30.0", "12.5")
-    assert row["teacher_forced_argmax_rougeL"] == ""
+    assert row["joules_per_1000_samples"] == ""
 
 
 def test_unequal_runs_have_a_note() -> None:
@@ -220,7 +225,7 @@ def test_summary_of_another_example_with_equal_id_is_not_shown() -> None:
     """Compare the articles too, because two data sets may use the same ids."""
     other = build_record("other", "lora", 10)
     assert other.quality is not None
-    sample = Sample(id="a", article="another", reference="ref | x", generated="by other")
+    sample = Sample(id="a", prompt="another", reference="ref | x", generated="by other")
     other = other.model_copy(update={"quality": other.quality.model_copy(update={"samples": (sample,)})})
     text = markdown_report([build_record("b", "lora", 10), other], "T", [])
     assert "by b" in text
@@ -234,7 +239,7 @@ def build_hostile_record() -> RunRecord:
     """Build a record with hostile text in each text field that a user or a model can write."""
     run_record = build_record(HOSTILE, "lora", 10, notes=(HOSTILE,))
     assert run_record.quality is not None
-    sample = Sample(id=HOSTILE, article=f"{HOSTILE}\n---\n- x", reference=HOSTILE, generated=HOSTILE)
+    sample = Sample(id=HOSTILE, prompt=f"{HOSTILE}\n---\n- x", reference=HOSTILE, generated=HOSTILE)
     return run_record.model_copy(update={"quality": run_record.quality.model_copy(update={"samples": (sample,)})})
 
 
@@ -260,7 +265,7 @@ def test_summaries_that_look_like_numbers_stay_text() -> None:
     """Keep a summary such as "1e3", which is not 1000."""
     run_record = build_record("a", "full", 1)
     assert run_record.quality is not None
-    sample = Sample(id="a", article="x", reference="1e3", generated="1_000")
+    sample = Sample(id="a", prompt="x", reference="1e3", generated="1_000")
     run_record = run_record.model_copy(update={"quality": run_record.quality.model_copy(update={"samples": (sample,)})})
     text = markdown_report([run_record], "T", [])
     assert "| reference | 1e3 " in text

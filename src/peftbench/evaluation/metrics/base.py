@@ -43,6 +43,10 @@ class Metric(ABC):
         A score that is no mean over examples has jackknife pseudo-values, see :mod:`.jackknife`.
         """
 
+    def may_have_score(self, score: str) -> bool:
+        """True if :meth:`compute` may return a score of this name."""
+        return score in self.scores
+
     def check(self) -> None:
         """Check that the metric can be computed here; called before anything is loaded.
 
@@ -66,8 +70,6 @@ class Metric(ABC):
         Raises:
             RecordError: an output lacks it.
         """
-        if self.needs == "losses":
-            return
         for output in outputs:
             if getattr(output, self.needs) is None or (self.needs == "choices" and output.answer is None):
                 raise RecordError(
@@ -87,3 +89,19 @@ class TextMetric(Metric):
         """Return the values of the generated texts, by score name."""
         generated = [output.generated for output in outputs if output.generated is not None]
         return self.score_texts(generated, [output.reference for output in outputs])
+
+
+class LossMetric(Metric):
+    """A metric of held-out losses."""
+
+    needs: ClassVar[Needs] = "losses"
+
+    @abstractmethod
+    def compute_from_losses(
+        self, losses: Sequence[float], labeled_tokens: Sequence[int]
+    ) -> dict[str, tuple[float, ...]]:
+        """Return one value per example, by score name, from cross-entropies (sums in nats) and numbers of labels."""
+
+    def compute(self, outputs: Sequence[Output]) -> dict[str, tuple[float, ...]]:
+        """Refuse: the outputs have no losses."""
+        raise TypeError(f"{self.name} is computed from losses")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from peftbench.errors import OutOfRangeError, UnknownKeyError, did_you_mean
 from peftbench.evaluation.metrics.base import Metric
 from peftbench.evaluation.metrics.registry import METRICS
+from peftbench.evaluation.metrics.user_function import SEPARATOR, UserFunction
 
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
@@ -29,11 +30,15 @@ def build_metrics(names: Sequence[str], source: str) -> list[Metric]:
     Raises:
         UnknownKeyError: there is no such metric; the message names the nearest.
     """
-    metrics = []
+    metrics: list[Metric] = []
     for name in dict.fromkeys(names):
-        if name not in METRICS:
-            raise UnknownKeyError(f"{source}: there is no metric {name!r}", did_you_mean(name, METRICS))
-        metrics.append(METRICS[name]())
+        if SEPARATOR in name.strip(SEPARATOR):
+            metrics.append(UserFunction(name))
+        elif name in METRICS:
+            metrics.append(METRICS[name]())
+        else:
+            hint = did_you_mean(name, [*METRICS, UserFunction.name])
+            raise UnknownKeyError(f"{source}: there is no metric {name!r}", hint)
     return metrics
 
 
@@ -66,8 +71,8 @@ def check_metrics(recipe: Recipe) -> None:
     for metric in metrics:
         metric.check()
     headline = recipe.evaluate.headline_metric
-    names = [name for metric in metrics for name in metric.scores]
-    if headline is not None and headline not in names:
+    if headline is not None and not any(metric.may_have_score(headline) for metric in metrics):
+        names = [name for metric in metrics for name in metric.scores]
         hint = did_you_mean(headline, names) if names else "set evaluate.metrics, or evaluate.headline_metric=null"
         raise OutOfRangeError(f"evaluate.headline_metric={headline} is not a score of the recipe's metrics", hint)
     if recipe.evaluate.teacher_forced and not any(metric.needs == "generated" for metric in metrics):

@@ -13,6 +13,7 @@ from typing import Any
 
 from peftbench.common.fingerprint import ANY_VALUE, NEUTRAL_VALUES, drop_neutral_keys
 from peftbench.record import RunRecord, train_peak_bytes
+from peftbench.report.analysis.quality_metrics import QualityMetric
 from peftbench.report.runs import append_method, method_kind
 from peftbench.report.text.escape import printable_line
 
@@ -71,21 +72,11 @@ class RunGroup:
         """Mean model FLOPs of all steps; None if unknown for a run."""
         return _mean_if_known(run.flops.model_flops for run in self.ok_runs)
 
-    @property
-    def held_out_losses(self) -> tuple[float, ...]:
-        """Held-out losses in nats, one per seed, finite ones only."""
-        return self._mean_by_seed(lambda run: run.quality.loss if run.quality else None)
-
-    @property
-    def rouge_l_scores(self) -> tuple[float, ...]:
-        """ROUGE-L (0 to 100) of generated summaries, one per seed, of the runs that generated some."""
-        return self._mean_by_seed(_rouge_l_score)
-
-    def _mean_by_seed(self, get_value: Callable[[RunRecord], float | None]) -> tuple[float, ...]:
-        """Return the mean value of each seed, so that a repeated run does not count as another seed."""
+    def means_by_seed(self, metric: QualityMetric) -> tuple[float, ...]:
+        """Return one finite value per seed: the mean of its runs, so that a repeated run is no other seed."""
         values: dict[Seed, list[float]] = {}
         for run in self.ok_runs:
-            value = get_value(run)
+            value = metric.get_value(run)
             if value is not None and math.isfinite(value):
                 values.setdefault(seed_of(run), []).append(value)
         return tuple(statistics.fmean(same) for same in values.values())
@@ -172,11 +163,6 @@ def _build_group(runs: Sequence[RunRecord]) -> RunGroup:
     return RunGroup(
         append_method(_common_name([printable_line(run.name) for run in runs]) or kind, kind), kind, tuple(runs)
     )
-
-
-def _rouge_l_score(run: RunRecord) -> float | None:
-    score = (run.quality.rouge or {}).get("rougeL") if run.quality else None
-    return score.mean if score else None
 
 
 def _common_name(names: Sequence[str]) -> str:

@@ -7,12 +7,13 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy
 from numpy.typing import NDArray
 
 from peftbench.record import PerExample, RunRecord
+from peftbench.report.analysis.quality_metrics import HELD_OUT_LOSS, QualityMetric, get_headline_metric
 from peftbench.report.analysis.run_groups import RunGroup, Seed, seed_of
 from peftbench.report.text.formatting import join_with_and, truncate_list
 
@@ -22,33 +23,12 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class QualityMetric:
-    """A metric of quality."""
-
-    key: Literal["rougeL", "loss"]
-    """Identifier of the metric."""
-    name: str
-    unit: str
-    decimals: int
-    """Default number of decimals."""
-    higher_is_better: bool
-    max_difference: float
-    """Largest possible difference; an interval that reaches it is uninformative."""
-
-
-ROUGE_L = QualityMetric(
-    "rougeL", "ROUGE-L of generated summaries", "ROUGE-L", 1, higher_is_better=True, max_difference=100
-)
-HELD_OUT_LOSS = QualityMetric("loss", "held-out loss", "nats", 3, higher_is_better=False, max_difference=math.inf)
-
-
-@dataclass(frozen=True)
 class Scores:
     """Scores of shape (examples,) by group and seed, of one metric and the same examples."""
 
     metric: QualityMetric | None = None
     weights: _Array = field(default_factory=lambda: numpy.ones(0))
-    """(examples,): labeled tokens of each example for a loss, ones for ROUGE."""
+    """(examples,): labeled tokens of each example for a loss, ones for a score."""
     by_group_and_seed: dict[RunGroup, dict[Seed, _Array]] = field(default_factory=dict)
     exclusion_notes: tuple[str, ...] = ()
     """One sentence per reason for the exclusion of runs."""
@@ -79,9 +59,15 @@ class _ScoredRun:
     record: RunRecord
     scores: PerExample
 
+    @property
+    def headline(self) -> QualityMetric | None:
+        """The run's headline metric if the values of its examples are known."""
+        metric = get_headline_metric(self.record)
+        return metric if metric is not None and metric.get_example_values(self.scores) else None
+
 
 def collect_scores(groups: Sequence[RunGroup]) -> Scores:
-    """Return comparable scores of the runs with outcome ok: ROUGE-L if all of them have it, else held-out loss.
+    """Return comparable scores of the runs with outcome ok: of their headline metric if all have the same, else losses.
 
     If runs were evaluated on different examples, those of most groups are used.
     """
@@ -103,37 +89,51 @@ def collect_scores(groups: Sequence[RunGroup]) -> Scores:
         lambda run: run.scores.examples_fingerprint == fingerprint,
         "Not compared, evaluated on different examples than most",
     )
-    if runs and all("rougeL" in run.scores.rouge for run in runs):
-        return _collect_rouge_scores(runs, notes)
+    headlines = {run.headline for run in runs}
+    headline = next(iter(headlines), None)
+    if len(headlines) == 1 and headline is not None:
+        return _collect_headline_scores(runs, headline, notes)
     return _collect_loss_scores(runs, notes)
 
 
-def _collect_rouge_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) -> Scores:
-    length = _most_common((run.group, len(run.scores.rouge["rougeL"])) for run in runs)
+def _collect_headline_scores(runs: list[_ScoredRun], metric: QualityMetric, exclusion_notes: list[str]) -> Scores:
+    length = _most_common((run.group, len(metric.get_example_values(run.scores))) for run in runs)
     runs = _filter_runs(
         runs,
         exclusion_notes,
-        lambda run: len(run.scores.rouge["rougeL"]) == length,
+        lambda run: len(metric.get_example_values(run.scores)) == length,
         "Not compared, a different number of scores than most",
     )
     if not length:
         return Scores(exclusion_notes=tuple(exclusion_notes))
     return Scores(
-        ROUGE_L,
+        metric,
         numpy.ones(length),
-        _scores_by_group_and_seed(runs, lambda run: run.scores.rouge["rougeL"]),
+        _scores_by_group_and_seed(runs, lambda run: metric.get_example_values(run.scores)),
         tuple(exclusion_notes),
     )
 
 
+def _add_headline_note(runs: Sequence[_ScoredRun], exclusion_notes: list[str]) -> None:
+    """Add a note on why runs with headline metrics are compared by held-out loss."""
+    labels: dict[QualityMetric | None, list[str]] = {}
+    for run in runs:
+        labels.setdefault(run.headline, []).append(run.group.label)
+    titles = [metric.name for metric in labels if metric is not None]
+    reason = "All runs are compared by held-out loss, because"
+    if len(titles) == 1:
+        without = (run.group for run in runs if run.headline is None)
+        _add_note(exclusion_notes, without, f"{reason} these have no {titles[0]}")
+    elif titles:
+        used = [
+            f"{metric.name if metric else 'none'} of {join_with_and(truncate_list(list(dict.fromkeys(names))))}"
+            for metric, names in labels.items()
+        ]
+        exclusion_notes.append(f"{reason} their headline metrics differ: {'; '.join(used)}")
+
+
 def _collect_loss_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) -> Scores:
-    if any("rougeL" in run.scores.rouge for run in runs):
-        without = (run.group for run in runs if "rougeL" not in run.scores.rouge)
-        _add_note(
-            exclusion_notes,
-            without,
-            "All runs are compared by held-out loss, because these have no generated summaries",
-        )
+    _add_headline_note(runs, exclusion_notes)
     runs = _filter_runs(
         runs,
         exclusion_notes,
@@ -158,7 +158,8 @@ def _collect_loss_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) -> 
 
 
 def _has_finite_scores(run: _ScoredRun) -> bool:
-    return all(map(math.isfinite, (*run.scores.loss, *run.scores.rouge.get("rougeL", ()))))
+    values = run.headline.get_example_values(run.scores) if run.headline else ()
+    return all(map(math.isfinite, (*run.scores.loss, *values)))
 
 
 def _scores_by_group_and_seed(

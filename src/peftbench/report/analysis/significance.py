@@ -17,8 +17,9 @@ from peftbench.evaluation.seed_variance import (
     widen_by_seeds,
 )
 from peftbench.record import Interval, RunRecord
+from peftbench.report.analysis.quality_metrics import HELD_OUT_LOSS, QualityMetric, list_headline_metrics
 from peftbench.report.analysis.run_groups import RunGroup, Seed, group_runs
-from peftbench.report.analysis.scores import HELD_OUT_LOSS, ROUGE_L, QualityMetric, Scores, collect_scores
+from peftbench.report.analysis.scores import Scores, collect_scores
 
 MIN_EXAMPLES = 20
 """Minimum number of examples for a difference to be called significant; with fewer, one outlier decides."""
@@ -94,8 +95,8 @@ class ComparisonSet:
     groups: tuple[RunGroup, ...]
     """All groups, in the order of their records."""
     metric: QualityMetric | None
-    """Metric of the comparisons. Without comparisons, ROUGE-L if all groups with a known quality have it, else
-    held-out loss; None if no quality is known.
+    """Metric of the comparisons. Without comparisons, the headline metric if all groups with a known quality have the
+    same, else held-out loss; None if no quality is known.
     """
     comparable_groups: tuple[RunGroup, ...]
     """Groups that can be compared, best mean first."""
@@ -154,10 +155,13 @@ def compare_groups(records: Sequence[RunRecord]) -> ComparisonSet:
 
 def _select_fallback_metric(groups: Sequence[RunGroup]) -> QualityMetric | None:
     """Return the metric to show if no two groups are compared."""
-    known = [one for one in groups if one.rouge_l_scores or one.held_out_losses]
+    headlines = list_headline_metrics([run for one in groups for run in one.ok_runs])
+    metrics = [*headlines, HELD_OUT_LOSS]
+    known = [one for one in groups if any(one.means_by_seed(metric) for metric in metrics)]
     if not known:
         return None
-    return ROUGE_L if all(one.rouge_l_scores for one in known) else HELD_OUT_LOSS
+    is_shared = len(headlines) == 1 and all(one.means_by_seed(headlines[0]) for one in known)
+    return headlines[0] if is_shared else HELD_OUT_LOSS
 
 
 def _compare_pairs(

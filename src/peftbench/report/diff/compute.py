@@ -17,7 +17,7 @@ from peftbench.evaluation.intervals import paired_intervals
 from peftbench.record import Interval, PerExample, RunRecord
 from peftbench.report.analysis.significance import MIN_EXAMPLES, bonferroni_confidence
 from peftbench.report.diff.matching import Match, MatchedBy, Runs, SettingChange, diff_settings, match_runs
-from peftbench.report.diff.metrics import LOSS_METRIC, METRICS, OUTCOME_METRIC, Metric, Thresholds, metric_value
+from peftbench.report.diff.metrics import LOSS_METRIC, OUTCOME_METRIC, Metric, Thresholds, build_metrics, metric_value
 
 DiffVerdict = Literal["regressed", "improved", "within", "equal", "missing", "not_reported", "new", "changed"]
 """Verdict on a metric. regressed, improved: worse or better by more than the threshold; within: by less; missing: no
@@ -45,6 +45,9 @@ class MetricDiff(RecordModel):
 
     name: str
     unit: str
+    before_text: str
+    """The value before, formatted with its unit."""
+    after_text: str
     better: Literal["higher", "lower", "ok"]
     """Direction of improvement; for an outcome, the good value."""
     before: int | float | str | None
@@ -116,13 +119,16 @@ def diff_suites(before: Path, after: Path, thresholds: Thresholds | None = None)
 
     Raises:
         RecordError: a folder has no readable records, or two in a folder have the same name.
+        UnknownKeyError: a threshold is for a metric that the runs do not have.
     """
     limits = thresholds or Thresholds()
     left, right = Runs.load(before), Runs.load(after)
+    metrics = build_metrics([*left.by_path.values(), *right.by_path.values()])
+    limits.check_names(metrics)
     matches = match_runs(left, right)
     pairs = tuple(
-        _diff_run(match, limits, paired)
-        for match, paired in zip(matches, compute_paired_intervals(matches), strict=True)
+        _diff_run(match, metrics, limits, paired)
+        for match, paired in zip(matches, compute_paired_intervals(matches, metrics), strict=True)
     )
     both = [(match.before, match.after) for match in matches if match.before and match.after]
     return SuiteDiff(
@@ -155,12 +161,14 @@ def _common_changes(run_diffs: Sequence[RunDiff]) -> tuple[SettingChange, ...]:
     return tuple(change for change in first if all(change.model_dump_json() in other for other in others))
 
 
-def _diff_run(match: Match, thresholds: Thresholds, intervals: Mapping[str, PairedInterval]) -> RunDiff:
+def _diff_run(
+    match: Match, metrics_by_name: Mapping[str, Metric], thresholds: Thresholds, intervals: Mapping[str, PairedInterval]
+) -> RunDiff:
     old, new = match.before, match.after
     names = (old.name if old else None, new.name if new else None)
     if old is None or new is None:
         return RunDiff(before=names[0], after=names[1], matched_by=None, regressed=new is None)
-    metrics = _diff_metrics(old, new, thresholds, intervals)
+    metrics = _diff_metrics(old, new, metrics_by_name, thresholds, intervals)
     return RunDiff(
         before=names[0],
         after=names[1],
@@ -172,12 +180,16 @@ def _diff_run(match: Match, thresholds: Thresholds, intervals: Mapping[str, Pair
 
 
 def _diff_metrics(
-    before: RunRecord, after: RunRecord, thresholds: Thresholds, intervals: Mapping[str, PairedInterval]
+    before: RunRecord,
+    after: RunRecord,
+    metrics: Mapping[str, Metric],
+    thresholds: Thresholds,
+    intervals: Mapping[str, PairedInterval],
 ) -> tuple[MetricDiff, ...]:
     """Return the outcome, then every metric known before or after."""
     known = [
         _diff_metric(metric, before, after, thresholds.for_metric(name), intervals.get(name))
-        for name, metric in METRICS.items()
+        for name, metric in metrics.items()
     ]
     return (_diff_outcome(before, after), *(metric for metric in known if metric is not None))
 
@@ -192,6 +204,8 @@ def _diff_outcome(before: RunRecord, after: RunRecord) -> MetricDiff:
     return MetricDiff(
         name=OUTCOME_METRIC,
         unit="",
+        before_text=old,
+        after_text=new,
         better="ok",
         before=old,
         after=new,
@@ -212,6 +226,8 @@ def _diff_metric(
     return MetricDiff(
         name=metric.name,
         unit=metric.unit,
+        before_text=_format_value(metric, old),
+        after_text=_format_value(metric, new),
         better=metric.better,
         before=old,
         after=new,
@@ -221,6 +237,10 @@ def _diff_metric(
         regressed=verdict in {"regressed", "missing"},
         paired_interval=paired_interval,
     )
+
+
+def _format_value(metric: Metric, value: float | None) -> str:
+    return "unknown" if value is None else metric.format_value(value)
 
 
 def _classify_change(
@@ -248,7 +268,7 @@ class _ExampleDifferences:
     differences: tuple[float, ...]
     """After minus before."""
     weights: tuple[int, ...] | None
-    """Labeled tokens of each example for a loss, None for ROUGE."""
+    """Labeled tokens of each example for a loss, None for a score."""
 
 
 def _example_differences(metric: Metric, before: RunRecord, after: RunRecord) -> _ExampleDifferences | str | None:
@@ -263,14 +283,16 @@ def _example_differences(metric: Metric, before: RunRecord, after: RunRecord) ->
     if old.examples_fingerprint != new.examples_fingerprint or len(before_scores) != len(after_scores):
         return "the runs were not evaluated on the same examples"
     if name == LOSS_METRIC and old.labeled_tokens != new.labeled_tokens:
-        return "the summaries have different tokens"
+        return "the labeled texts have different tokens"
     if len(before_scores) < 2:
         return "too few examples"
     differences = tuple(late - early for early, late in zip(before_scores, after_scores, strict=True))
     return _ExampleDifferences(differences, old.labeled_tokens if name == LOSS_METRIC else None)
 
 
-def compute_paired_intervals(matches: Sequence[Match]) -> list[dict[str, PairedInterval]]:
+def compute_paired_intervals(
+    matches: Sequence[Match], metrics: Mapping[str, Metric]
+) -> list[dict[str, PairedInterval]]:
     """Return the intervals of all quality metrics: for each match, by metric name.
 
     Intervals are corrected for their number. Those with the same weights share one resampling.
@@ -278,7 +300,7 @@ def compute_paired_intervals(matches: Sequence[Match]) -> list[dict[str, PairedI
     differences: dict[tuple[int, str], _ExampleDifferences | str] = {}
     for index, match in enumerate(matches):
         if match.before is not None and match.after is not None:
-            by_metric = {name: _example_differences(kind, match.before, match.after) for name, kind in METRICS.items()}
+            by_metric = {name: _example_differences(kind, match.before, match.after) for name, kind in metrics.items()}
             differences |= {(index, name): result for name, result in by_metric.items() if result is not None}
     confidence = bonferroni_confidence(sum(isinstance(one, _ExampleDifferences) for one in differences.values()))
     paired = {
@@ -311,5 +333,5 @@ def _finite_scores(metric_name: str, scores: PerExample | None) -> tuple[float, 
     """Return per-example scores; empty if one is not finite or the token counts of a loss are missing."""
     if scores is None or (metric_name == LOSS_METRIC and len(scores.loss) != len(scores.labeled_tokens)):
         return ()
-    values = scores.loss if metric_name == LOSS_METRIC else scores.rouge.get(metric_name, ())
+    values = scores.loss if metric_name == LOSS_METRIC else scores.metrics.get(metric_name, ())
     return values if all(map(math.isfinite, values)) else ()

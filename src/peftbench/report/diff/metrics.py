@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
 from peftbench.errors import OutOfRangeError, UnknownKeyError, WrongTypeError, did_you_mean
 from peftbench.record import RunRecord, train_peak_bytes
+from peftbench.report.analysis.quality_metrics import QualityMetric, list_scores
 
 Better = Literal["higher", "lower"]
 
@@ -37,44 +38,42 @@ class Metric:
     """True if some devices cannot measure it, so that a missing value on another device is not a regression."""
 
 
-def _rouge_metric(rouge_type: str) -> Metric:
-    def mean(record: RunRecord) -> float | None:
-        score = (record.quality.rouge or {}).get(rouge_type) if record.quality else None
-        return score.mean if score else None
-
-    return Metric(rouge_type, "percent", "higher", mean, "{:.2f}".format, is_quality=True)
-
-
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            LOSS_METRIC,
-            "nats",
-            "lower",
-            lambda r: r.quality.loss if r.quality else None,
-            "{:.4f}".format,
-            is_quality=True,
-        ),
-        *map(_rouge_metric, ("rouge1", "rouge2", "rougeL", "rougeLsum")),
-        Metric("train_seconds", "seconds", "lower", lambda r: r.train_seconds, "{:,.1f} s".format),
-        Metric(
-            "tokens_per_second",
-            "real tokens per second",
-            "higher",
-            lambda r: r.throughput.tokens_per_second.real if r.throughput else None,
-            "{:,.0f}/s".format,
-        ),
-        Metric("train_peak_bytes", "bytes", "lower", train_peak_bytes, lambda size: f"{size / 2**20:,.1f} MiB"),
-        Metric("model_flops", "FLOP", "lower", lambda r: r.flops.model_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
-        Metric("hardware_flops", "FLOP", "lower", lambda r: r.flops.hardware_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
-        Metric(
-            "mfu", "fraction of the peak", "higher", lambda r: r.compute.mfu, "{:.2%}".format, device_dependent=True
-        ),
-        Metric("train_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format, device_dependent=True),
+def _score_metric(metric: QualityMetric) -> Metric:
+    digits = metric.decimals + 1
+    better: Better = "higher" if metric.higher_is_better else "lower"
+    return Metric(
+        str(metric.score_name),
+        metric.definition.unit,
+        better,
+        metric.get_value,
+        lambda value: f"{value:.{digits}f}",
+        is_quality=True,
     )
-}
-"""Metrics by name, in display order."""
+
+
+_LOSS = Metric(
+    LOSS_METRIC, "nats", "lower", lambda r: r.quality.loss if r.quality else None, "{:.4f}".format, is_quality=True
+)
+_COSTS = (
+    Metric("train_seconds", "seconds", "lower", lambda r: r.train_seconds, "{:,.1f} s".format),
+    Metric(
+        "tokens_per_second",
+        "real tokens per second",
+        "higher",
+        lambda r: r.throughput.tokens_per_second.real if r.throughput else None,
+        "{:,.0f}/s".format,
+    ),
+    Metric("train_peak_bytes", "bytes", "lower", train_peak_bytes, lambda size: f"{size / 2**20:,.1f} MiB"),
+    Metric("model_flops", "FLOP", "lower", lambda r: r.flops.model_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
+    Metric("hardware_flops", "FLOP", "lower", lambda r: r.flops.hardware_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
+    Metric("mfu", "fraction of the peak", "higher", lambda r: r.compute.mfu, "{:.2%}".format, device_dependent=True),
+    Metric("train_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format, device_dependent=True),
+)
+
+
+def build_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
+    """Return the metrics of these runs by name, in display order: loss, scores of the records, costs."""
+    return {metric.name: metric for metric in (_LOSS, *map(_score_metric, list_scores(records)), *_COSTS)}
 
 
 def metric_value(metric: Metric, record: RunRecord) -> float | None:
@@ -97,20 +96,28 @@ class Thresholds:
         """Return the threshold of a metric."""
         return self.by_metric.get(metric_name, self.default)
 
+    def check_names(self, metric_names: Iterable[str]) -> None:
+        """Check that a threshold is for one of these metrics.
+
+        Raises:
+            UnknownKeyError: no such metric; the message names the nearest.
+        """
+        names = list(metric_names)
+        for name in self.by_metric:
+            if name not in names:
+                raise UnknownKeyError(f"--threshold: unknown metric {name!r}", did_you_mean(name, names))
+
 
 def parse_thresholds(specs: Sequence[str]) -> Thresholds:
-    """Parse thresholds: ``5%`` (or ``5``) for all metrics, ``rougeL=2%`` for one.
+    """Parse thresholds: ``5%`` (or ``5``) for all metrics, ``held_out_loss=2%`` for one.
 
     Raises:
-        UnknownKeyError: no such metric; the message names the nearest.
         WrongTypeError: not a percentage.
         OutOfRangeError: a metric has two thresholds.
     """
     thresholds: dict[str | None, Fraction] = {}
     for spec in specs:
         name, equals, number = spec.rpartition("=")
-        if equals and name not in METRICS:
-            raise UnknownKeyError(f"--threshold: unknown metric {name!r}", did_you_mean(name, METRICS))
         key = name if equals else None
         if key in thresholds:
             raise OutOfRangeError(f"--threshold is given twice for {key or 'all metrics'}", "give it once")
@@ -123,7 +130,7 @@ def _parse_percentage(number: str, spec: str) -> Fraction:
     # No exponents: Fraction would expand 1e999999999 in full.
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(%?)", number, re.ASCII)
     if match is None:
-        raise WrongTypeError(f"{spec!r} is not a threshold; give a nonnegative percentage, e.g. 5% or rougeL=2%")
+        raise WrongTypeError(f"{spec!r} is not a threshold; give a nonnegative percentage, e.g. 5% or held_out_loss=2%")
     percent, sign = Fraction(match[1]), match[2]
     if 0 < percent < 1 and not sign:
         share = f"{float(100 * percent):g}%"

@@ -14,7 +14,7 @@ from peftbench.record import Interval
 from peftbench.report.analysis.significance import ALPHA, MIN_EXAMPLES
 from peftbench.report.diff.compute import DiffVerdict, MetricDiff, RunDiff, SuiteDiff, SuiteSide
 from peftbench.report.diff.matching import SettingChange
-from peftbench.report.diff.metrics import METRICS, OUTCOME_METRIC
+from peftbench.report.diff.metrics import OUTCOME_METRIC
 from peftbench.report.tables.table import natural_width
 from peftbench.report.text.escape import terminal_safe
 
@@ -166,8 +166,8 @@ def metric_cells(run_diff: RunDiff) -> list[tuple[tuple[str, str, str, str, str]
         return [(("", "", "", "", "new in B"), "new")]
     rows: list[tuple[tuple[str, str, str, str, str], DiffVerdict]] = []
     for metric in visible_metrics(run_diff):
-        before, after = format_metric_value(metric, metric.before), format_metric_value(metric, metric.after)
-        rows.append(((metric.name, before, after, format_change(metric), describe_verdict(metric)), metric.verdict))
+        cells = (metric.name, metric.before_text, metric.after_text, format_change(metric), describe_verdict(metric))
+        rows.append((cells, metric.verdict))
     return rows
 
 
@@ -179,13 +179,6 @@ def visible_metrics(run_diff: RunDiff) -> list[MetricDiff]:
 
 def _has_changed(metric: MetricDiff) -> bool:
     return metric.verdict != "equal"
-
-
-def format_metric_value(metric: MetricDiff, value: float | str | None) -> str:
-    """Format a metric's value, unit included."""
-    if value is None:
-        return "unknown"
-    return value if isinstance(value, str) else METRICS[metric.name].format_value(value)
 
 
 def format_change(metric: MetricDiff) -> str:

@@ -12,6 +12,7 @@ from peftbench.record.quality import MAX_SAMPLE_CHARS
 from peftbench.record.sanity_checks import RSS_SLACK_BYTES
 from peftbench.report.analysis.comparability import why_not_comparable
 from peftbench.report.analysis.examples import describe_overlap
+from peftbench.report.analysis.quality_metrics import HELD_OUT_LOSS, QualityMetric, get_headline_metric
 from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.analysis.significance import ComparisonSet, PairComparison, compare_groups
 from peftbench.report.page import charts, memory_chart, series
@@ -26,7 +27,7 @@ from peftbench.report.tables.table import collect_notes, group_notes, visible_co
 from peftbench.report.text.formatting import CellValue, decimal_places, finite_or_none, format_decimal, round_outward
 
 MAX_DRAWN_RUNS = 24
-"""Maximum number of runs with curves, bars and summaries; the table, trade-offs and downloads have all runs."""
+"""Maximum number of runs with curves, bars and texts; the table, trade-offs and downloads have all runs."""
 
 MAX_NOTES = 60
 """Maximum number of shown notes."""
@@ -49,18 +50,18 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class ExampleSummaries:
-    """One example with the summary of each run."""
+class ExampleTexts:
+    """One example with the text that each run generated."""
 
     id: str
-    article: str
+    prompt: str
     reference: str
     generated: dict[str, str]
 
     @property
     def is_cut(self) -> bool:
-        """True if the record may have only the beginning of the article."""
-        return len(self.article) >= MAX_SAMPLE_CHARS
+        """True if the record may have only the beginning of the prompt."""
+        return len(self.prompt) >= MAX_SAMPLE_CHARS
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class PageData:
     memory_chart: Chart | None
     loss_charts: list[Chart]
     throughput_chart: Chart | None
-    examples: list[ExampleSummaries]
+    examples: list[ExampleTexts]
     equal_settings: list[Setting]
     differing_settings: list[Setting]
     notes: list[str]
@@ -116,14 +117,12 @@ class PageData:
     """Note that names the runs in the charts; empty if they show all."""
     has_pareto_front: bool
     """True if a Pareto front is drawn."""
-    uses_rouge: bool
-    """True if quality is ROUGE-L, False if held-out loss."""
     undrawn_runs: list[str]
     """Runs that the trade-off charts cannot show, with the reason."""
     unfinished_runs: list[UnfinishedRun]
     comparisons: list[ComparisonRow]
-    metric_name: str
-    """Metric of the comparisons."""
+    metric: QualityMetric
+    """Metric of the comparisons and of the trade-off charts."""
 
     memory_tolerance_mib: ClassVar[int] = RSS_SLACK_BYTES // 2**20
     max_curve_points: ClassVar[int] = series.MAX_CURVE_POINTS
@@ -132,7 +131,8 @@ class PageData:
     @property
     def better_direction(self) -> str:
         """Sentence on the direction of better runs in a trade-off chart."""
-        return "Up and to the left is better" + ("." if self.uses_rouge else " (the loss axis is inverted).")
+        axis = "" if self.metric.higher_is_better else f" (the {self.metric.name} axis is inverted)"
+        return f"Up and to the left is better{axis}."
 
     @property
     def all_charts(self) -> list[Chart]:
@@ -160,8 +160,8 @@ def build_page_data(
     comparison_set = comparison_set or compare_groups(rows)
     position = {id(record): index for index, record in enumerate(rows)}
     groups = ColorGroups.from_run_groups(sorted(comparison_set.groups, key=lambda g: position[id(g.runs[0])]))
-    uses_rouge = comparison_set.metric is not None and comparison_set.metric.key == "rougeL"
-    points = series.trade_off_rows(comparison_set.groups, groups, uses_rouge=uses_rouge)
+    metric = comparison_set.metric or HELD_OUT_LOSS
+    points = series.trade_off_rows(comparison_set.groups, groups, metric)
     settings, note_lines = recipe_settings(rows), collect_notes(rows) if note_lines is None else note_lines
     paths = {id(record): path for path, record in records.items()}
     return PageData(
@@ -172,7 +172,7 @@ def build_page_data(
         summary=list(summary),
         columns=columns,
         rows=[_build_table_row(record, columns) for record in rows],
-        trade_off_charts=_trade_off_charts(points, groups, comparison_set.groups, uses_rouge=uses_rouge),
+        trade_off_charts=_trade_off_charts(points, groups, comparison_set.groups, metric),
         memory_chart=_memory_chart(_add_oom_runs(drawn, rows)),
         loss_charts=charts.loss_curves(series.loss_curve_rows(drawn, groups), groups),
         throughput_chart=charts.throughput_chart(series.throughput_rows(drawn, groups), groups),
@@ -187,11 +187,10 @@ def build_page_data(
         reproduce_commands={run_label(record): reproduce_commands(record, paths[id(record)]) for record in rows},
         drawn_runs_note=_drawn_runs_note(drawn, rows),
         has_pareto_front=_has_comparable_costs(comparison_set.groups),
-        uses_rouge=uses_rouge,
         undrawn_runs=_list_undrawn_runs(points, comparison_set.groups),
         unfinished_runs=list(unfinished_runs),
         comparisons=[_build_comparison_row(one) for one in comparison_set.pair_comparisons],
-        metric_name=comparison_set.metric.name if comparison_set.metric else "",
+        metric=metric,
     )
 
 
@@ -206,9 +205,10 @@ def select_drawn_runs(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def _quality_rank(record: RunRecord) -> tuple[bool, bool, float, float]:
-    """Return a sort key, best first: outcome ok, has ROUGE-L, ROUGE-L, held-out loss."""
-    score, loss = series.rouge_l_interval(record), finite_or_none(record.quality.loss if record.quality else None)
-    by_score = -(score.mean if score else 0.0)
+    """Return a sort key, best first: outcome ok, has a headline score, that score, held-out loss."""
+    metric, loss = get_headline_metric(record), finite_or_none(HELD_OUT_LOSS.get_value(record))
+    score = finite_or_none(metric.get_value(record)) if metric else None
+    by_score = 0.0 if metric is None or score is None else -score if metric.higher_is_better else score
     return record.outcome.kind != "ok", score is None, by_score, float("inf") if loss is None else loss
 
 
@@ -260,12 +260,12 @@ def _sort_value(column: Column, record: RunRecord) -> CellValue:
 
 
 def _trade_off_charts(
-    points: Sequence[ChartRow], color_groups: ColorGroups, run_groups: Sequence[RunGroup], *, uses_rouge: bool
+    points: Sequence[ChartRow], color_groups: ColorGroups, run_groups: Sequence[RunGroup], metric: QualityMetric
 ) -> list[Chart]:
     comparable = _has_comparable_costs(run_groups)
-    title = "ROUGE-L" if uses_rouge else "held-out loss (nats)"
+    title, better = metric.definition.axis_title, metric.higher_is_better
     drawn = [
-        charts.trade_off(points, color_groups, cost, title, higher_is_better=uses_rouge, comparable=comparable)
+        charts.trade_off(points, color_groups, cost, title, higher_is_better=better, comparable=comparable)
         for cost in charts.COST_AXES
     ]
     return [chart for chart in drawn if chart is not None]
@@ -284,10 +284,10 @@ def _memory_chart(records: Sequence[RunRecord]) -> Chart | None:
     return charts.memory_bars(rows, limits, caption, memory_chart.memory_title(records))
 
 
-def _collect_examples(records: Sequence[RunRecord]) -> list[ExampleSummaries]:
-    """Return the examples with saved summaries, with the summary of every run."""
-    summaries: dict[tuple[str, str, str], dict[str, str]] = {}
+def _collect_examples(records: Sequence[RunRecord]) -> list[ExampleTexts]:
+    """Return the examples with saved texts, with the text of every run."""
+    texts: dict[tuple[str, str, str], dict[str, str]] = {}
     for record in records:
         for sample in record.quality.samples if record.quality else ():
-            summaries.setdefault(sample_key(sample), {})[run_label(record)] = sample.generated
-    return [ExampleSummaries(*key, generated) for key, generated in summaries.items()]
+            texts.setdefault(sample_key(sample), {})[run_label(record)] = sample.generated
+    return [ExampleTexts(*key, generated) for key, generated in texts.items()]

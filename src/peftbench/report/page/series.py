@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from peftbench.evaluation.intervals import paired_intervals, t_interval
 from peftbench.record import Interval, RunRecord
+from peftbench.report.analysis.quality_metrics import HELD_OUT_LOSS, QualityMetric
 from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.runs import run_label
 from peftbench.report.text.formatting import finite_or_none
@@ -134,26 +135,19 @@ def pareto_front(points: Sequence[ChartRow], cost: str, quality: str, *, higher_
     return [p for p, before in zip(known, best, strict=False) if sign * float(p[quality] or 0) < before]
 
 
-def rouge_l_interval(record: RunRecord) -> Interval | None:
-    """Return ROUGE-L of the generated summaries; None if unknown."""
-    return (record.quality.rouge or {}).get("rougeL") if record.quality else None
-
-
-def trade_off_rows(run_groups: Sequence[RunGroup], color_groups: ColorGroups, *, uses_rouge: bool) -> list[ChartRow]:
+def trade_off_rows(run_groups: Sequence[RunGroup], color_groups: ColorGroups, metric: QualityMetric) -> list[ChartRow]:
     """Return quality and costs of each group: means over seeds, and the 95 % interval of its quality.
 
-    Quality is ROUGE-L or held-out loss. The interval is over seeds if there are several, else over examples; None if
-    the record has no per-example scores.
+    Quality is ``metric``. The interval is over seeds if there are several, else over examples; None if the record has
+    no per-example scores.
     """
-    example_intervals = {} if uses_rouge else _loss_intervals(run_groups)
+    example_intervals = _loss_intervals(run_groups) if metric == HELD_OUT_LOSS else _score_intervals(run_groups, metric)
     rows: list[ChartRow] = []
     for one in run_groups:
-        values = one.rouge_l_scores if uses_rouge else one.held_out_losses
+        values = one.means_by_seed(metric)
         interval = example_intervals.get(one)
         if len(values) > 1:
             interval = t_interval(list(values))
-        elif uses_rouge and values:
-            interval = next(filter(None, map(rouge_l_interval, one.ok_runs)))
         peak, flops = one.mean_peak_bytes, one.mean_model_flops
         rows.append(
             {
@@ -172,11 +166,17 @@ def trade_off_rows(run_groups: Sequence[RunGroup], color_groups: ColorGroups, *,
     return rows
 
 
+def _score_intervals(run_groups: Sequence[RunGroup], metric: QualityMetric) -> dict[RunGroup, Interval]:
+    """Return the interval over examples of each group's first run that has the score."""
+    scores = {one: [score for run in one.ok_runs if (score := metric.get_score(run))] for one in run_groups}
+    return {one: known[0].interval for one, known in scores.items() if known}
+
+
 def _loss_intervals(run_groups: Sequence[RunGroup]) -> dict[RunGroup, Interval]:
     """Return intervals over examples of the losses of groups with one seed; equal tokens share one resampling."""
     same_tokens: dict[tuple[int, ...], list[tuple[RunGroup, tuple[float, ...]]]] = {}
     for one in run_groups:
-        quality = one.ok_runs[0].quality if len(one.held_out_losses) == 1 else None
+        quality = one.ok_runs[0].quality if len(one.means_by_seed(HELD_OUT_LOSS)) == 1 else None
         scores = quality.per_example if quality else None
         if scores is None or not all(map(math.isfinite, scores.loss)):
             continue

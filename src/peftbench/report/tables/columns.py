@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from peftbench.record import Interval, RunRecord, TokensPerSecond, train_peak_bytes
+from peftbench.record import Interval, RunRecord, ScoreDefinition, TokensPerSecond, train_peak_bytes
+from peftbench.report.analysis.quality_metrics import QualityMetric, list_headline_metrics, list_scores
 from peftbench.report.runs import method_kind, run_label
 from peftbench.report.text.formatting import CellValue
 
@@ -54,32 +55,42 @@ def _held_out_loss(record: RunRecord) -> float | None:
     return record.quality.loss if record.quality else None
 
 
-def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) -> Column:
-    name = f"teacher_forced_argmax_{rouge_type}" if teacher_forced else rouge_type
+def _score_column(metric: QualityMetric, *, teacher_forced: bool = False) -> Column:
+    """Return the column of a score, or of that of the teacher-forced argmax."""
+    definition, score_name = metric.definition, str(metric.score_name)
+    name = f"teacher_forced_argmax_{score_name}" if teacher_forced else score_name
+    description = definition.description or definition.title
+    if teacher_forced:
+        description = f"{description} under teacher forcing (the original study's metric)"
 
-    def get_score(record: RunRecord) -> Interval | None:
+    def get_interval(record: RunRecord) -> Interval | None:
         if record.quality is None:
             return None
-        scores = record.quality.teacher_forced_argmax_rouge if teacher_forced else record.quality.rouge
-        return (scores or {}).get(rouge_type)
+        scores = record.quality.teacher_forced_metrics if teacher_forced else record.quality.metrics
+        return scores[score_name].interval if score_name in scores else None
 
     def raw(record: RunRecord) -> dict[str, CellValue]:
-        score = get_score(record)
-        values = (score.mean, score.low, score.high) if score else (None, None, None)
+        interval = get_interval(record)
+        values = (interval.mean, interval.low, interval.high) if interval else (None, None, None)
         return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
     def text(record: RunRecord) -> str:
-        score = get_score(record)
-        return f"{score.mean:.1f} ({score.low:.1f}–{score.high:.1f})" if score else "–"
+        interval, digits = get_interval(record), definition.digits
+        if interval is None:
+            return "–"
+        return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f}–{interval.high:.{digits}f})"
 
-    condition = "under teacher forcing (the original study's metric)" if teacher_forced else "of generated summaries"
     return Column(
-        title,
-        f"{rouge_type} F-measure {condition}, in percent, with 95 % bootstrap interval over examples.",
+        f"{definition.title}, teacher-forced argmax" if teacher_forced else definition.title,
+        f"{description}, with 95 % bootstrap interval over examples{_describe_direction(definition)}.",
         raw,
         text,
         optional=True,
     )
+
+
+def _describe_direction(definition: ScoreDefinition) -> str:
+    return "" if definition.higher_is_better else "; lower is better"
 
 
 def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
@@ -98,10 +109,7 @@ def format_outcome(record: RunRecord) -> str:
     return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
 
 
-DROP_ORDER = (
-    "ROUGE-Lsum",
-    "ROUGE-2",
-    "ROUGE-1",
+_DROP_ORDER = (
     "trainable %",
     "training cost",
     "model compute (TFLOP)",
@@ -111,9 +119,9 @@ DROP_ORDER = (
     "trainable params",
     "tokens/s",
 )
-"""Columns dropped on a narrow terminal, in this order; the report has them."""
+"""Columns dropped on a narrow terminal after the scores, in this order; the report has them."""
 
-COLUMNS: tuple[Column, ...] = (
+_COLUMNS_BEFORE_SCORES: tuple[Column, ...] = (
     Column(
         "run",
         "Name of the run, with its method if the name lacks it.",
@@ -138,11 +146,9 @@ COLUMNS: tuple[Column, ...] = (
         lambda r: {"held_out_loss": _held_out_loss(r)},
         lambda r: "–" if (loss := _held_out_loss(r)) is None else f"{loss:.3f}",
     ),
-    _rouge_column("rouge1", "ROUGE-1"),
-    _rouge_column("rouge2", "ROUGE-2"),
-    _rouge_column("rougeL", "ROUGE-L"),
-    _rouge_column("rougeLsum", "ROUGE-Lsum"),
-    _rouge_column("rougeL", "ROUGE-L, teacher-forced argmax", teacher_forced=True),
+)
+
+_COLUMNS_AFTER_SCORES: tuple[Column, ...] = (
     Column(
         "train time (s)",
         "Seconds of training steps, without the first ones (profile.untimed_steps), loading, tokenization and "
@@ -220,3 +226,38 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("outcome", "How the run ended.", lambda r: {"outcome": r.outcome.kind}, format_outcome),
 )
+
+
+def build_columns(records: Sequence[RunRecord]) -> list[Column]:
+    """Return all columns, with one for each score of the records."""
+    forced = [
+        metric
+        for metric in list_headline_metrics(records)
+        if any(record.quality and metric.score_name in record.quality.teacher_forced_metrics for record in records)
+    ]
+    return list_columns(list_scores(records), forced)
+
+
+def list_columns(scores: Sequence[QualityMetric], teacher_forced: Sequence[QualityMetric] = ()) -> list[Column]:
+    """Return all columns, with one for each of these scores. Scores of the same title are shown with their names."""
+    titles = [metric.name for metric in scores]
+    return [
+        *_COLUMNS_BEFORE_SCORES,
+        *(_score_column(_with_unique_title(metric, titles)) for metric in scores),
+        *(_score_column(_with_unique_title(metric, titles), teacher_forced=True) for metric in teacher_forced),
+        *_COLUMNS_AFTER_SCORES,
+    ]
+
+
+def _with_unique_title(metric: QualityMetric, titles: Sequence[str]) -> QualityMetric:
+    if titles.count(metric.name) < 2:
+        return metric
+    title = f"{metric.name} ({metric.score_name})"
+    return QualityMetric(metric.score_name, metric.definition.model_copy(update={"title": title}))
+
+
+def build_drop_order(records: Sequence[RunRecord]) -> list[str]:
+    """Return the titles of the columns to drop on a narrow terminal: first the scores that are no headline metric."""
+    headlines = list_headline_metrics(records)
+    others = [metric.name for metric in list_scores(records) if metric not in headlines]
+    return [*reversed(others), *_DROP_ORDER]

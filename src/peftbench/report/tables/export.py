@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from peftbench.record import RunRecord
 from peftbench.report.runs import sort_records
-from peftbench.report.tables.columns import COLUMNS
+from peftbench.report.tables.columns import build_columns
 from peftbench.report.tables.table import collect_notes, render_table
 from peftbench.report.text.escape import escaped_line
 from peftbench.report.text.formatting import finite_or_none
@@ -19,17 +19,17 @@ def json_table(records: Sequence[RunRecord], summary: Sequence[str], note_lines:
 
     ``note_lines`` avoids collecting the notes again.
     """
-    rows = sort_records(records)
+    rows, columns = sort_records(records), build_columns(records)
     return (
         json.dumps(
             {
                 "summary": list(summary),
                 "notes": list(collect_notes(rows) if note_lines is None else note_lines),
-                "columns": {column.title: column.description for column in COLUMNS},
+                "columns": {column.title: column.description for column in columns},
                 "runs": [
                     {
                         key: finite_or_none(value)
-                        for column in COLUMNS
+                        for column in columns
                         for key, value in column.raw_values(record).items()
                     }
                     | {

@@ -11,26 +11,26 @@ from typing import Any, TypeGuard
 from peftbench.errors import UnknownKeyError
 from peftbench.evaluation.intervals import t_interval
 from peftbench.record import RunRecord
+from peftbench.report.analysis.quality_metrics import HELD_OUT_LOSS, list_headline_metrics
 from peftbench.report.analysis.run_groups import group_runs, same_recipe_groups
 from peftbench.report.runs import method_kind
 from peftbench.report.text.formatting import round_outward
 
 
 def seed_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """Return a row for each group with several seeds: mean ± standard deviation of loss and ROUGE-L.
+    """Return a row for each group with several seeds: mean ± standard deviation of loss and headline metrics.
 
     In brackets: the mean's 95 % interval over seeds (Student's t).
     """
-    return [
-        {
-            "method": one.label,
-            "seeds": str(len(one.held_out_losses) or len(one.rouge_l_scores)),
-            "held-out loss": _format_mean_std(one.held_out_losses, 3),
-            "ROUGE-L": _format_mean_std(one.rouge_l_scores, 1),
-        }
-        for one in group_runs(records)
-        if max(len(one.held_out_losses), len(one.rouge_l_scores)) > 1
-    ]
+    metrics = [HELD_OUT_LOSS, *list_headline_metrics(records)]
+    rows = []
+    for one in group_runs(records):
+        means = {metric.name: one.means_by_seed(metric) for metric in metrics}
+        counts = [len(values) for values in means.values() if values]
+        if max(counts, default=0) > 1:
+            cells = {metric.name: _format_mean_std(means[metric.name], metric.decimals) for metric in metrics}
+            rows.append({"method": one.label, "seeds": str(counts[0])} | cells)
+    return rows
 
 
 def rows_by_setting(records: Sequence[RunRecord], key: str) -> list[dict[str, str]]:

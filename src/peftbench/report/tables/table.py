@@ -22,7 +22,7 @@ from peftbench.report.analysis.comparability import list_protocol_differences
 from peftbench.report.analysis.examples import describe_changed_examples, describe_overlap
 from peftbench.report.analysis.outcomes import oom_sentence
 from peftbench.report.runs import run_label, sample_key, sort_records
-from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column
+from peftbench.report.tables.columns import Column, build_columns, build_drop_order
 from peftbench.report.tables.pivot import rows_by_setting, seed_rows
 from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, terminal_safe
 from peftbench.report.text.formatting import join_with_and, truncate_list
@@ -35,7 +35,7 @@ def visible_columns(records: Sequence[RunRecord]) -> list[Column]:
     """Return the columns that are not empty for these records."""
     return [
         column
-        for column in COLUMNS
+        for column in build_columns(records)
         if not column.optional or any(column.format_text(record) != "–" for record in records)
     ]
 
@@ -56,7 +56,7 @@ def print_table(
     }
     for column in list(cells)[1:]:  # intervals on a second line keep the table narrow
         cells[column] = [cell.replace(" (", "\n(") for cell in cells[column]]
-    dropped = _drop_columns(cells, console.width) if console.is_terminal else []
+    dropped = _drop_columns(cells, build_drop_order(records), console.width) if console.is_terminal else []
     if not console.is_terminal:  # a file or a pipe has no width limit
         console = Console(file=console.file, width=_table_width(cells))
     console.print(_rich_table(cells, title))
@@ -73,10 +73,10 @@ def natural_width(console: Console, table: Table) -> int:
     return console.measure(table, options=console.options.update_width(_UNBOUNDED_WIDTH)).maximum
 
 
-def _drop_columns(cells: dict[str, list[str]], width: int) -> list[str]:
-    """Remove columns of ``DROP_ORDER`` until the table fits; return their titles."""
+def _drop_columns(cells: dict[str, list[str]], drop_order: Sequence[str], width: int) -> list[str]:
+    """Remove columns in ``drop_order`` until the table fits; return their titles."""
     dropped = []
-    for title in DROP_ORDER:
+    for title in drop_order:
         if _table_width(cells) <= width:
             break
         if cells.pop(title, None) is not None:
@@ -180,8 +180,9 @@ def csv_table(records: Sequence[RunRecord]) -> str:
 
     Strings are quoted, so that a spreadsheet that splits at semicolons does not split them.
     """
+    columns = build_columns(records)
     rows = [
-        {k: v for column in COLUMNS for k, v in column.raw_values(record).items()} for record in sort_records(records)
+        {k: v for column in columns for k, v in column.raw_values(record).items()} for record in sort_records(records)
     ]
     if not rows:
         return ""
@@ -201,7 +202,7 @@ def markdown_report(
     note_lines: Sequence[str] | None = None,
     unfinished_lines: Sequence[str] = (),
 ) -> str:
-    """Return the report: summary, table, notes, column descriptions, environment and sample summaries.
+    """Return the report: summary, table, notes, column descriptions, environment and sample texts.
 
     ``note_lines`` avoids collecting the notes again. ``unfinished_lines`` name the runs without a result.
     """
@@ -220,7 +221,7 @@ def markdown_report(
     parts += ["## Columns", "\n".join(descriptions)]
     parts += ["## Environment", _bullet_list(_environment_lines(records))]
     if samples := _sample_sections(rows):
-        parts += ["## Example: summaries of every run", *samples]
+        parts += ["## Example: texts of every run", *samples]
     return "\n\n".join(parts) + "\n"
 
 
@@ -247,9 +248,9 @@ def _sample_sections(records: Sequence[RunRecord]) -> list[str]:
     for record in with_samples:
         same = [sample for sample in record.quality.samples if sample_key(sample) == sample_key(first)]  # type: ignore[union-attr]
         lines += [[run_label(record), sample.generated] for sample in same]
-    quoted = "\n".join(f"> {escape_markdown(line)}".rstrip() for line in first.article.splitlines())
+    quoted = "\n".join(f"> {escape_markdown(line)}".rstrip() for line in first.prompt.splitlines())
     cells = [[escape_markdown(text) for text in line] for line in lines]
-    table = tabulate(cells, headers=["run", "summary"], tablefmt="github", disable_numparse=True)
+    table = tabulate(cells, headers=["run", "text"], tablefmt="github", disable_numparse=True)
     return [escape_markdown(first.id), quoted, table]
 
 

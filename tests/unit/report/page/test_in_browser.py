@@ -24,6 +24,7 @@ from peftbench.record import (
     train_peak_bytes,
 )
 from tests.helpers.browser import OpenPage
+from tests.helpers.scores import build_scores
 from tests.helpers.sweeps import mark_others_slow
 from tests.unit.report.page.pages import SHIPPED, load_shipped_records, write_page
 from tests.unit.report.records import build_record
@@ -222,7 +223,7 @@ def test_markup_in_records_is_shown_as_text(open_page: OpenPage, tmp_path: Path)
         HOSTILE, "lora", 10, notes=(HOSTILE,), git_commit=HOSTILE, library_versions={HOSTILE: HOSTILE}
     )
     assert hostile.quality is not None
-    sample = Sample(id=HOSTILE, article=HOSTILE, reference=HOSTILE, generated=HOSTILE)
+    sample = Sample(id=HOSTILE, prompt=HOSTILE, reference=HOSTILE, generated=HOSTILE)
     hostile = hostile.model_copy(
         update={
             "quality": hostile.quality.model_copy(update={"samples": (sample,)}),
@@ -304,8 +305,9 @@ def _build_records(count: int) -> dict[Path, RunRecord]:
             split="test",
             num_examples=100,
             loss=3 + index % 7 / 10,
-            rouge={"rougeL": Interval(mean=score, low=score - 2, high=score + 2)},
-            samples=(Sample(id="a", article="an article", reference="a reference", generated=f"by {index}"),),
+            metrics=build_scores(rougeL=Interval(mean=score, low=score - 2, high=score + 2)),
+            headline_metric="rougeL",
+            samples=(Sample(id="a", prompt="a prompt", reference="a reference", generated=f"by {index}"),),
         )
         values: dict[str, Any] = {
             "quality": quality,

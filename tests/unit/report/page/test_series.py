@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 
 from peftbench.record import RunRecord, Throughput, Tokens, TokensPerSecond
+from peftbench.report.analysis.quality_metrics import HELD_OUT_LOSS, QualityMetric
 from peftbench.report.analysis.run_groups import group_runs
 from peftbench.report.page import series
 from peftbench.report.page.series import ChartRow, ColorGroups
+from tests.helpers.scores import DEFINITIONS
 from tests.unit.report.records import build_judged_record, build_record, draw_scores
+
+ROUGE_L = QualityMetric("rougeL", DEFINITIONS["rougeL"])
 
 
 def curve_rows(*records: RunRecord) -> list[ChartRow]:
@@ -19,10 +23,10 @@ def curve_rows(*records: RunRecord) -> list[ChartRow]:
     return series.loss_curve_rows(records, ColorGroups.from_run_groups(group_runs(records)))
 
 
-def trade_off_points(records: list[RunRecord], *, rouge: bool) -> list[ChartRow]:
+def trade_off_points(records: list[RunRecord], metric: QualityMetric) -> list[ChartRow]:
     """Return the points of the trade-off charts."""
     run_groups = group_runs(records)
-    return series.trade_off_rows(run_groups, ColorGroups.from_run_groups(run_groups), uses_rouge=rouge)
+    return series.trade_off_rows(run_groups, ColorGroups.from_run_groups(run_groups), metric)
 
 
 def test_loss_curves_have_steps_tokens_and_seconds() -> None:
@@ -117,10 +121,10 @@ def test_pareto_front_matches_points_chosen_by_hand() -> None:
 def test_trade_off_point_averages_seeds() -> None:
     """Check the mean and its interval for several seeds; a single seed has the interval of its record."""
     runs = [build_record(f"a-seed={s}", "lora", 10, seed=s, phase_seconds={"train": 10.0 + s}) for s in range(3)]
-    (point,) = trade_off_points(runs, rouge=True)
+    (point,) = trade_off_points(runs, ROUGE_L)
     assert (point["run"], point["quality"], point["seconds"], point["seeds"]) == ("a (lora)", 31.25, 11.0, 3)
     assert (point["low"], point["high"]) == (31.25, 31.25)
-    (single_seed,) = trade_off_points(runs[:1], rouge=True)
+    (single_seed,) = trade_off_points(runs[:1], ROUGE_L)
     assert (single_seed["low"], single_seed["high"]) == (30.0, 32.5)
 
 
@@ -128,7 +132,7 @@ def test_loss_of_one_seed_has_an_interval_over_examples() -> None:
     """Check that the interval contains the loss and is within the range of the losses of the examples."""
     losses = draw_scores(40, 1)
     (point,) = trade_off_points(
-        [build_judged_record("a", "lora", None, losses=losses, labeled=(10,) * 40)], rouge=False
+        [build_judged_record("a", "lora", None, losses=losses, labeled=(10,) * 40)], HELD_OUT_LOSS
     )
     assert point["quality"] == pytest.approx(sum(losses) / 400)
     low, high = float(point["low"] or 0), float(point["high"] or 0)
