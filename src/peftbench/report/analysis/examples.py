@@ -19,7 +19,7 @@ def describe_overlap(record: RunRecord) -> Iterator[str]:
     elif overlap.texts:
         yield (
             f"{overlap.texts:,} of the {total:,} {split} texts are training texts too "
-            f"({overlap.texts_with_reference:,} with the same reference), so quality is partly measured on training data"
+            f"({overlap.texts_with_reference:,} with the same reference), so quality is partly that on training data"
         )
     elif overlap.ids:
         yield f"{overlap.ids:,} of the {total:,} {split} ids are also training ids, but their texts differ"
