@@ -50,7 +50,7 @@ class Renderer(Protocol):
 
 
 class RenderingTask(Protocol):
-    """What the encoder needs of a task; :class:`peftbench.tasks.base.Task` has it."""
+    """The part of a task that the encoder needs; :class:`peftbench.tasks.base.Task` has it."""
 
     def build_renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         """Return the renderer of the task's examples for a tokenizer."""

@@ -33,7 +33,7 @@ class ChoiceScore(RecordModel):
 
 
 class Output(RecordModel):
-    """What the model gave for one evaluated example."""
+    """The results of the model for one evaluated example."""
 
     id: str
     reference: str
@@ -57,7 +57,7 @@ class Output(RecordModel):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the model gave for the examples of a split, in its order; None for what was not requested."""
+    """The results of the model for the examples of a split, in its order; None for what was not requested."""
 
     generated: Sequence[str] | None = None
     teacher_forced: Sequence[str] | None = None

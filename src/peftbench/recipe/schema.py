@@ -64,7 +64,7 @@ class Data(ConfigSection):
     """Examples, and how they are tokenized and padded."""
 
     source: AnySource
-    """Where the examples are: docstrings, files, hub or synthetic."""
+    """Place of the examples: docstrings, files, hub or synthetic."""
     train: int | None = Field(default=None, gt=0)
     """Number of examples sampled from the training split, with data.seed; null: all."""
     validation: int | None = Field(default=None, gt=0)
@@ -257,7 +257,7 @@ class Recipe(ConfigSection):
     data: Data
     """Examples, and how they are tokenized and padded."""
     task: AnyTask = Auto()
-    """What an example is, which of its tokens are labeled, and what is generated."""
+    """Task: format of an example, its labels, the generated text and its metrics."""
     optimizer: AnyOptimizer = AdamW()
     """Optimizer of the trained parameters."""
     schedule: Schedule = Schedule()

@@ -24,7 +24,7 @@ class Task(ConfigSection):
     headline_metric: ClassVar[str | None] = None
     """Score by which runs are compared; None: held-out loss."""
     evaluation: ClassVar[Literal["generate", "choices", "loss"]] = "generate"
-    """What is evaluated in addition to held-out loss: generated text, choices by log-likelihood, or nothing."""
+    """Evaluation in addition to held-out loss: generated text, choices by log-likelihood, or nothing."""
     labels_whole_row: ClassVar[bool] = False
     """True if every token of a row is labeled."""
 

@@ -76,7 +76,7 @@ def load_encoded_split(recipe: Recipe, encoder: Encoder, split: str, accelerator
 
 
 class Tokenized(Protocol):
-    """What the encoder needs of a base model."""
+    """A tokenizer with the model's number of positions."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
