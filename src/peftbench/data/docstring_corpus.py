@@ -21,6 +21,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from peftbench.common.filesystem import cache_dir, write_atomically, write_error
+from peftbench.data.cache_usage import DOCSTRINGS_PREFIX
 from peftbench.data.docstring_parser import (
     Docstring,
     SummarizationPair,
@@ -211,7 +212,7 @@ def cache_pair_files() -> tuple[dict[str, Path], str]:
         DataNotFoundError: a distribution of the corpus is not installed.
         OutputError: the cache cannot be written.
     """
-    folder = cache_dir() / f"docstrings-{environment_key()}"
+    folder = cache_dir() / f"{DOCSTRINGS_PREFIX}{environment_key()}"
     paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
     fingerprint = folder / "fingerprint"
     if fingerprint.exists():  # written last, so the cache is complete; a read-only cache works too
