@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,24 +48,17 @@ def list_cache_usage() -> list[CacheUsage]:
     from datasets import config
 
     data = Path(config.HF_DATASETS_CACHE)
+    own = cache_dir()
     return [
-        CacheUsage("examples", "examples of files and data sets, and their encodings", tuple(_find(data, "peftbench"))),
-        CacheUsage(
-            "copies",
-            "copies of local data sets that only the library datasets can read",
-            tuple(_find(data, "peftbench-*")),
-        ),
-        CacheUsage(
-            "features",
-            "hidden states of frozen backbones (train.feature_cache)",
-            tuple(_find(cache_dir(), FEATURES_FOLDER)),
-        ),
-        CacheUsage("docstrings", "the docstring corpus", tuple(_find(cache_dir(), f"{DOCSTRINGS_PREFIX}*"))),
+        CacheUsage("examples", "examples of files and data sets, and their encodings", _find(data, "peftbench")),
+        CacheUsage("copies", "copies of local data sets", _find(data, "peftbench-*")),
+        CacheUsage("features", "hidden states of frozen backbones (train.feature_cache)", _find(own, FEATURES_FOLDER)),
+        CacheUsage("docstrings", "the docstring corpus", _find(own, f"{DOCSTRINGS_PREFIX}*")),
     ]
 
 
-def _find(folder: Path, pattern: str) -> Iterator[Path]:
-    yield from (path for path in sorted(folder.glob(pattern)) if path.is_dir())
+def _find(folder: Path, pattern: str) -> tuple[Path, ...]:
+    return tuple(path for path in sorted(folder.glob(pattern)) if path.is_dir())
 
 
 def _count_bytes(folder: Path) -> int:

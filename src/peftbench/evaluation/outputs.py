@@ -55,6 +55,14 @@ class Output(RecordModel):
         return self.generated
 
 
+def build_choice_scores(choices: Sequence[str], index: int | None) -> tuple[ChoiceScore, ...]:
+    """Return the scores of a prediction without probabilities: 0 for the predicted choice, -1 for the others."""
+    return tuple(
+        ChoiceScore(text=text, log_likelihood=-float(number != index), num_tokens=1, num_bytes=1)
+        for number, text in enumerate(choices)
+    )
+
+
 @dataclass(frozen=True)
 class Predictions:
     """The results of the model for the examples of a split, in its order; None for what was not requested."""

@@ -62,13 +62,13 @@ def build_quality(
 def add_scores(recipe: Recipe, quality: Quality, outputs: Sequence[Output]) -> Quality:
     """Return ``quality`` with the scores of the recipe's metrics; earlier scores are dropped.
 
-    A method without a model has neither losses nor log-likelihoods, so only its texts are scored.
+    A method without a model has no losses, so that metrics of losses are left out.
 
     Raises:
         RecordError: the outputs are not those of the evaluated examples, or lack what a metric needs.
         MetricError: a user's metric fails.
     """
-    metrics = [one for one in select_metrics(recipe) if recipe.method.needs_model or one.needs == "generated"]
+    metrics = [one for one in select_metrics(recipe) if recipe.method.needs_model or one.needs != "losses"]
     per_example = quality.per_example.model_copy(update={"metrics": {}}) if quality.per_example else None
     cleared: dict[str, Any] = {
         "metrics": {},

@@ -6,9 +6,9 @@ its class; no code outside this folder tests which method it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from peftbench.common.schema import ConfigSection
 
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+class Target(NamedTuple):
+    """Expected or predicted text of an example; for a task with choices also the index of the choice."""
+
+    text: str
+    choice: int | None = None
+
+
+Predictor = Callable[[str, Sequence[str]], Target]
+"""Takes a prompt and its choices (none for tasks without choices)."""
+
+
 class Method(ConfigSection):
     """A method's options. Each subclass gives ``kind`` a literal type, by which a recipe selects it."""
 
@@ -25,6 +36,8 @@ class Method(ConfigSection):
     """True if it trains anything; False for baselines."""
     needs_model: ClassVar[bool] = True
     """True if it uses the base model; False for baselines that only copy text."""
+    reads_training_split: ClassVar[bool] = False
+    """True for a baseline that reads the training split though it trains nothing."""
     keeps_base_frozen: ClassVar[bool] = False
     """True if the base model's matrices and embeddings stay as loaded, and what is trained is added to them."""
     supports_quantized_base: ClassVar[bool] = False
@@ -126,9 +139,17 @@ class Method(ConfigSection):
                 "train again",
             )
 
-    def extract_output(self, prompt: str) -> str | None:
-        """Return the output if the method copies it from the prompt without a model, else None."""
-        return None
+    @property
+    def num_shots(self) -> int:
+        """Number of training examples before each prompt of an evaluation."""
+        return 0
+
+    def build_predictor(self, read_training_targets: Callable[[], list[Target]]) -> Predictor:
+        """Return the function that predicts an example's target without a model.
+
+        ``read_training_targets`` reads the targets of the training split.
+        """
+        raise TypeError(f"{type(self).__name__} predicts with a model")
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:

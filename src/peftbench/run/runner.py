@@ -31,8 +31,8 @@ from peftbench.run.stages import (
     adapt_model,
     build_training_components,
     compare_splits,
-    evaluate_extractive_baseline,
     evaluate_model,
+    evaluate_without_model,
     load_examples,
     measure_training,
 )
@@ -156,7 +156,7 @@ class Run:
         self.oom_handler.enforce_budget(probe.memory_meter)
         if not recipe.method.needs_model:
             with probe.phase("generate"):
-                evaluate_extractive_baseline(state)
+                evaluate_without_model(state)
             delete_saved_model(state)
             return
         trained_dir = self._find_trained_model()

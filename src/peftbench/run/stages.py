@@ -11,11 +11,11 @@ from peftbench.data.encode import count_marked
 from peftbench.distributed.collectives import broadcast_from_main, main_process_first
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.metrics.selection import generates_text, select_metrics
-from peftbench.evaluation.outputs import Output, Predictions, build_outputs, write_outputs
+from peftbench.evaluation.outputs import Output, Predictions, build_choice_scores, build_outputs, write_outputs
 from peftbench.evaluation.scoring import add_scores, build_quality
 from peftbench.profiler.peak_flops import measure_matmul_flops
 from peftbench.training.build import AdaptedModel, apply_method, build_training, check_generation
-from peftbench.training.data import load_encoded_split, load_split
+from peftbench.training.data import load_encoded_split, load_split, read_targets
 from peftbench.training.loop import DivergedError
 from peftbench.training.overlap import find_overlap
 
@@ -114,15 +114,22 @@ def evaluate_model(
         score_outputs(state, outputs)
 
 
-def evaluate_extractive_baseline(state: RunState) -> None:
-    """Evaluate a baseline that copies its output from the prompt and needs no model."""
-    split = state.recipe.evaluate.split
-    dataset = main_process_first(state.accelerator, lambda: load_split(state.recipe, split))
+def evaluate_without_model(state: RunState) -> None:
+    """Evaluate a baseline that needs no model."""
+    recipe, task = state.recipe, state.recipe.task
+    split = recipe.evaluate.split
+    dataset = main_process_first(state.accelerator, lambda: load_split(recipe, split))
     state.set_example_counts(split, len(dataset), 0)
-    prompts = (state.recipe.task.get_prompt(example) for example in dataset)
-    extracted = [state.recipe.method.extract_output(prompt) or "" for prompt in prompts]
-    outputs = build_outputs(dataset, state.recipe.task, Predictions(generated=extracted))
-    state.quality = build_quality(state.recipe, dataset, outputs)
+    predict = recipe.method.build_predictor(
+        lambda: read_targets(main_process_first(state.accelerator, lambda: load_split(recipe, "train")), task)
+    )
+    has_choices = task.evaluation == "choices"
+    examples = [(task.get_prompt(row), task.get_choices(row)[0] if has_choices else ()) for row in dataset]
+    targets = [predict(prompt, choices) for prompt, choices in examples]
+    choices = [build_choice_scores(one, target.choice) for (_, one), target in zip(examples, targets, strict=True)]
+    predictions = Predictions(choices=choices) if has_choices else Predictions([target.text for target in targets])
+    outputs = build_outputs(dataset, task, predictions)
+    state.quality = build_quality(recipe, dataset, outputs)
     score_outputs(state, outputs)
 
 

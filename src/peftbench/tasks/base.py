@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from peftbench.common.schema import ConfigSection
 from peftbench.data.readers.rows import Columns, Example, RowFault
 from peftbench.data.segments import Renderer, Segment
+from peftbench.errors import OutOfRangeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,6 +87,14 @@ class Task(ConfigSection):
     def get_reference(self, example: Example) -> str:
         """Return the expected text."""
         raise NotImplementedError
+
+    def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
+        """Return the example with solved examples before its prompt.
+
+        Raises:
+            OutOfRangeError: the task has no such prompts.
+        """
+        raise OutOfRangeError(f"method.kind=few_shot does not support task.kind={self.kind}", "use zero_shot")
 
     def render_choices(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sequence[Segment]]:
         """Return the sequence of the prompt with each of its choices; none if the task has no choices."""

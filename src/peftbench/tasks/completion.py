@@ -39,6 +39,10 @@ class Completion(Task):
             (Segment(example["prompt"], cut="start"),), self.separator, example["completion"], labels=self.labels
         )
 
+    def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
+        solved = (f"{shot['prompt']}{self.separator}{shot['completion']}\n\n" for shot in shots)
+        return {**example, "prompt": "".join(solved) + example["prompt"]}
+
     def get_prompt(self, example: Example) -> str:
         return example["prompt"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,6 +10,7 @@ from peftbench.data.collate import Collator, PaddingFreeCollator
 from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.distributed.collectives import main_process_first
 from peftbench.errors import EmptySplitError, OutOfRangeError
+from peftbench.methods.base import Target
 from peftbench.modeling.loading import get_max_positions
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from peftbench.data.readers.rows import Columns
     from peftbench.modeling.loss import CausalLMLoss
     from peftbench.recipe.schema import Recipe
+    from peftbench.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ def check_splits(recipe: Recipe, *, evaluate_only: bool = False) -> None:
     Raises:
         DataError: a file, a column or a first example is not usable.
     """
-    needs_training = recipe.method.is_trainable and not evaluate_only
+    method = recipe.method
+    reads_training = method.is_trainable or method.reads_training_split or method.num_shots
+    needs_training = reads_training and not evaluate_only
     for split in dict.fromkeys([recipe.evaluate.split, *(["train"] if needs_training else [])]):
         recipe.data.source.check(split, select_columns(recipe))
 
@@ -70,9 +75,39 @@ def load_encoded_split(recipe: Recipe, encoder: Encoder, split: str, accelerator
     def encode() -> EncodedSplit:
         is_evaluated = split == recipe.evaluate.split
         dataset = load_split(recipe, split)
+        if is_evaluated and recipe.method.num_shots:
+            dataset = add_shots(dataset, load_split(recipe, "train"), recipe)
         return EncodedSplit(*encoder.encode_split(dataset, split, recipe.data.overlong, is_evaluated=is_evaluated))
 
     return main_process_first(accelerator, encode)
+
+
+def add_shots(dataset: Dataset, training_examples: Dataset, recipe: Recipe) -> Dataset:
+    """Return the examples with the same ``method.shots`` training examples before each prompt.
+
+    Raises:
+        EmptySplitError: the training split has fewer examples.
+        OutOfRangeError: the task cannot put examples before a prompt.
+    """
+    num_shots, task = recipe.method.num_shots, recipe.task
+    if num_shots > len(training_examples):
+        raise EmptySplitError(
+            f"method.shots={num_shots} is more than the {len(training_examples)} examples of the train split; lower it"
+        )
+    chosen = training_examples.shuffle(seed=recipe.data.seed).select(range(num_shots))
+    shots = [dict(row) for row in chosen]
+    key = f"{dataset._fingerprint} {chosen._fingerprint} {task.model_dump_json()}"
+    return dataset.map(
+        lambda row: task.add_shots(row, shots),
+        new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
+        desc=f"adding {num_shots} examples",
+    )
+
+
+def read_targets(dataset: Dataset, task: Task) -> list[Target]:
+    """Return the expected text of each example, with the index of the right choice if the task has choices."""
+    has_choices = task.evaluation == "choices"
+    return [Target(task.get_reference(row), task.get_choices(row)[1] if has_choices else None) for row in dataset]
 
 
 class Tokenized(Protocol):
