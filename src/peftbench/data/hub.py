@@ -49,6 +49,10 @@ class Hub(Source):
         return os.path.exists(self.path)  # noqa: PTH110 — Path.exists raises where it may not look
 
     @property
+    def is_local(self) -> bool:
+        return self.is_mutable
+
+    @property
     def has_ids(self) -> bool:
         return self.id is not None
 
