@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from peftbench.common.schema import PathText
 from peftbench.data.base import Source
+from peftbench.data.docstring_libraries import DocstringLibraries
 from peftbench.data.example_cache import hash_file
 from peftbench.data.hub import Hub
 from peftbench.data.local_files import (
@@ -24,6 +25,7 @@ from peftbench.data.local_files import (
     read_column_names,
 )
 from peftbench.data.synthetic import Synthetic
+from peftbench.data.word_problems import WordProblems
 from peftbench.errors import DataError, EmptySplitError
 
 if TYPE_CHECKING:
@@ -133,7 +135,15 @@ def _list_paths(value: PathTexts | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
-SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub, "synthetic": Synthetic}
+SOURCES: dict[str, type[Source]] = {
+    "docstrings": Docstrings,
+    "docstring_libraries": DocstringLibraries,
+    "word_problems": WordProblems,
+    "files": Files,
+    "hub": Hub,
+    "synthetic": Synthetic,
+}
+"""Value of ``data.source.kind``: the source's class."""
 
 if TYPE_CHECKING:
     AnySource = Source
