@@ -49,7 +49,7 @@ def _normalize(label: str) -> str:
 
 
 def _count_labels(predicted: Sequence[str], expected: Sequence[str]) -> NDArray[numpy.float64]:
-    """Return (examples, 2 x labels): whether the example is a hit of each label, and its predictions plus references."""
+    """Return (examples, 2 x labels): whether the example is a hit of each label, then its uses in both texts."""
     labels = {label: index for index, label in enumerate(sorted(set(expected)))}
     if len(labels) > _MAX_LABELS:
         raise MetricError(
