@@ -30,7 +30,7 @@ class ChoiceScore(RecordModel):
 
 
 class Output(RecordModel):
-    """What the model gave for one evaluated example."""
+    """Output of the model for one evaluated example."""
 
     id: str
     reference: str

@@ -24,15 +24,15 @@ from tests.helpers.workshop import Workshop
 from tests.unit.report.records import build_costs, build_record
 
 
-class WordRate(TextMetric):
-    """Counts wrong words, so that lower is better."""
+class TokenErrors(TextMetric):
+    """Counts wrong tokens, so that lower is better."""
 
-    name: ClassVar[str] = "wrong_words"
+    name: ClassVar[str] = "wrong_tokens"
     scores: Mapping[str, ScoreDefinition] = {
-        "wrong_words": ScoreDefinition(
-            title="wrong words",
-            description="Words that the reference lacks",
-            unit="words",
+        "wrong_tokens": ScoreDefinition(
+            title="wrong tokens",
+            description="Tokens that the reference lacks",
+            unit="tokens",
             digits=2,
             higher_is_better=False,
             low=0,
@@ -41,16 +41,16 @@ class WordRate(TextMetric):
 
     def score_texts(self, generated: Sequence[str], references: Sequence[str]) -> dict[str, tuple[float, ...]]:
         pairs = zip(generated, references, strict=True)
-        return {"wrong_words": tuple(float(len(set(one.split()) - set(other.split()))) for one, other in pairs)}
+        return {"wrong_tokens": tuple(float(len(set(one.split()) - set(other.split()))) for one, other in pairs)}
 
 
 def score_run(workshop: Workshop, method: Method, wrong: Sequence[int]) -> RunRecord:
-    """Return the record of a run whose texts have these numbers of wrong words."""
+    """Return the record of a run whose texts have these numbers of wrong tokens."""
     outputs = [
-        Output(id=str(index), reference="a b", generated=" ".join(["a", *(f"x{word}" for word in range(count))]))
+        Output(id=str(index), reference="a b", generated=" ".join(["a", *(f"x{token}" for token in range(count))]))
         for index, count in enumerate(wrong)
     ]
-    recipe = workshop.recipe(method, evaluate={"metrics": ("wrong_words",)})
+    recipe = workshop.recipe(method, evaluate={"metrics": ("wrong_tokens",)})
     digest = hash_examples([output.id for output in outputs], [output.reference for output in outputs])
     quality = Quality(split="test", num_examples=len(wrong), per_example=PerExample(examples_fingerprint=digest))
     scored = add_scores(recipe, quality, outputs)
@@ -58,31 +58,31 @@ def score_run(workshop: Workshop, method: Method, wrong: Sequence[int]) -> RunRe
     return build_record(method.kind, method.kind, trainable, quality=scored, **build_costs(trainable, 1.0, 10))
 
 
-def test_added_metric_is_in_record_table_words_page_and_comparison(
+def test_added_metric_is_in_record_table_summary_page_and_comparison(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing but the row in the registry names it."""
-    monkeypatch.setitem(METRICS, "wrong_words", WordRate)
+    monkeypatch.setitem(METRICS, "wrong_tokens", TokenErrors)
     full, lora = (score_run(workshop, Full(), [2, 3] * 20), score_run(workshop, Lora(), [0, 1] * 20))
     paths = {record.write(tmp_path / "A" / record.name): record for record in (full, lora)}
     quality = read_record(next(iter(paths))).quality
     assert quality is not None
-    assert (quality.headline_metric, quality.metrics["wrong_words"].interval.mean) == ("wrong_words", 2.5)
-    assert "wrong words" in markdown_table([full, lora])
+    assert (quality.headline_metric, quality.metrics["wrong_tokens"].interval.mean) == ("wrong_tokens", 2.5)
+    assert "wrong tokens" in markdown_table([full, lora])
     assert "2.50 (" in markdown_table([full, lora])
-    assert '"wrong_words","wrong_words_low","wrong_words_high"' in csv_table([full])
+    assert '"wrong_tokens","wrong_tokens_low","wrong_tokens_high"' in csv_table([full])
     report = write_report(paths, tmp_path / "report", "A")
-    words = "\n".join(report.summary)
-    assert "Compared by wrong words (lower is better) with full." in words
-    assert "lora is better than full by 2.00 words on seed 0" in words
+    summary = "\n".join(report.summary)
+    assert "Compared by wrong tokens (lower is better) with full." in summary
+    assert "lora is better than full by 2.00 tokens on seed 0" in summary
     page = report.page_path.read_text(encoding="utf-8")
-    assert "wrong words (words) vs. peak memory (MiB)" in page
-    assert "(the wrong words axis is inverted)" in page
-    assert "All compared pairs, by wrong words" in page
+    assert "wrong tokens (tokens) vs. peak memory (MiB)" in page
+    assert "(the wrong tokens axis is inverted)" in page
+    assert "All compared pairs, by wrong tokens" in page
     for record in (full, score_run(workshop, Lora(), [1, 1] * 20)):
         record.write(tmp_path / "B" / record.name)
-    diff = diff_suites(tmp_path / "A", tmp_path / "B", parse_thresholds(["wrong_words=10%"]))
+    diff = diff_suites(tmp_path / "A", tmp_path / "B", parse_thresholds(["wrong_tokens=10%"]))
     by_name = {metric.name: metric for run in diff.runs if run.label == "lora" for metric in run.metrics}
-    assert by_name["wrong_words"].better == "lower"
-    assert (by_name["wrong_words"].before_text, by_name["wrong_words"].after_text) == ("0.500", "1.000")
-    assert (by_name["wrong_words"].regressed, diff.regressed) == (True, True)
+    assert by_name["wrong_tokens"].better == "lower"
+    assert (by_name["wrong_tokens"].before_text, by_name["wrong_tokens"].after_text) == ("0.500", "1.000")
+    assert (by_name["wrong_tokens"].regressed, diff.regressed) == (True, True)

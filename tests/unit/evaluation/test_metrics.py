@@ -52,7 +52,7 @@ def test_scores_have_unique_names_and_titles() -> None:
     ],
 )
 def test_exact_match_normalizes_as_squad_does(generated: str, reference: str, expected: float) -> None:
-    """Case, punctuation, the words a, an, the, and repeated spaces do not count."""
+    """Case, punctuation, a, an, the, and repeated spaces do not count."""
     assert ExactMatch().score_texts([generated], [reference]) == {"exact_match": (expected,)}
 
 
@@ -98,7 +98,7 @@ def test_choice_accuracy_by_likelihood_and_per_byte() -> None:
 
 
 def test_classification_matches_hand_computed_values() -> None:
-    """F1 of a is 2*2/(3+3) = 2/3, of b 2*1/(2+2) = 1/2, of c 0; a text that is no label is wrong."""
+    """F1 of a is 2*2/(3+3) = 2/3, of b 2*1/(2+2) = 1/2, of c 0; any other text is wrong."""
     scores = mean_scores(Classification().score_texts([" A ", *PREDICTED[1:]], LABELS))
     assert scores == pytest.approx({"label_accuracy": 50, "macro_f1": 100 * (2 / 3 + 1 / 2) / 3})
 
@@ -138,7 +138,7 @@ def test_pseudo_values_of_a_mean_are_the_values() -> None:
 
 
 def draw_labels(count: int, seed: int, accuracy: float) -> tuple[list[str], list[str]]:
-    """Return predictions and references over three labels, of which one is rare."""
+    """Return predictions and references over three labels; one is rare."""
     random = numpy.random.default_rng(seed)
     references = random.choice(["a", "b", "c"], size=count, p=[0.6, 0.3, 0.1])
     wrong = random.choice(["a", "b", "c"], size=count)
@@ -176,12 +176,12 @@ def test_paired_interval_of_bleu_is_that_of_sacrebleus_bootstrap() -> None:
     from sacrebleu.metrics import BLEU
 
     random = numpy.random.default_rng(3)
-    words = [f"w{number}" for number in range(30)]
-    references = [list(random.choice(words, size=12)) for _ in range(200)]
+    tokens = [f"w{number}" for number in range(30)]
+    references = [list(random.choice(tokens, size=12)) for _ in range(200)]
 
     def corrupt(rate: float) -> list[str]:
         return [
-            " ".join(random.choice(words) if random.random() < rate else word for word in reference)
+            " ".join(random.choice(tokens) if random.random() < rate else token for token in reference)
             for reference in references
         ]
 

@@ -33,13 +33,13 @@ def distance(predictions, references):
 distance.higher_is_better = False
 
 def both(predictions, references):
-    return [{"words": len(text.split()), "letters": len(text)} for text in predictions]
+    return [{"tokens": len(text.split()), "letters": len(text)} for text in predictions]
 
 def short(predictions, references):
     return [1.0]
 
 def broken(predictions, references):
-    raise KeyError("no such word")
+    raise KeyError("no such token")
 
 def texts(predictions, references):
     return predictions
@@ -117,7 +117,7 @@ def test_repeated_metric_is_computed_once() -> None:
         ),
         ({"metrics": [], "teacher_forced": True}, OutOfRangeError, "evaluate.teacher_forced=true needs a metric"),
         ({"metrics": ["no_such:function"]}, MetricError, "no_such:function cannot be imported: ModuleNotFoundError"),
-        ({"metrics": ["math:no_such"]}, MetricError, "is no function: math has no function 'no_such'"),
+        ({"metrics": ["math:no_such"]}, MetricError, "is not a function: math has no function 'no_such'"),
     ],
 )
 def test_invalid_metrics_are_refused(keys: dict[str, Any], error_class: type[PeftbenchError], message: str) -> None:
@@ -146,18 +146,18 @@ def test_user_function_gives_scores_under_its_name(user_module: str) -> None:
     assert length.score_texts(["ab", "c d"], ["", "x"]) == {f"{user_module}:length": (2.0, 3.0)}
     assert distance.score_texts(["ab", "c d"], ["", "x"]) == {f"{user_module}:distance": (2.0, 2.0)}
     assert both.score_texts(["ab", "c d"], ["", "x"]) == {
-        f"{user_module}:both/words": (1.0, 2.0),
+        f"{user_module}:both/tokens": (1.0, 2.0),
         f"{user_module}:both/letters": (2.0, 3.0),
     }
     scores = dict(length.scores) | dict(distance.scores) | dict(both.scores)
-    assert [score.title for score in scores.values()] == ["length", "distance", "both/words", "both/letters"]
+    assert [score.title for score in scores.values()] == ["length", "distance", "both/tokens", "both/letters"]
     assert [score.higher_is_better for score in scores.values()] == [True, False, True, True]
 
 
 def test_user_function_may_be_the_headline_metric(user_module: str) -> None:
     """So may a key of the dicts that it returns, which are not known before it is called."""
     name = f"{user_module}:both"
-    for headline in (name, f"{name}/words"):
+    for headline in (name, f"{name}/tokens"):
         check_metrics(build_recipe(metrics=[name], headline_metric=headline))
     with pytest.raises(OutOfRangeError, match="is not a score"):
         check_metrics(build_recipe(metrics=[name], headline_metric=f"{user_module}:length"))
@@ -166,12 +166,15 @@ def test_user_function_may_be_the_headline_metric(user_module: str) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("short", "returned 1 values for 2 examples; return one number, or one dict of numbers, for each example"),
-        ("broken", "failed: KeyError: 'no such word'; correct it"),
+        (
+            "short",
+            "returned a list of length 1 for 2 examples; return one number, or one dict of numbers, for each example",
+        ),
+        ("broken", "failed: KeyError: 'no such token'; correct it"),
         ("texts", "returned 'a' for example 1; return a finite number for each example"),
         ("infinite", "returned inf for example 1"),
         ("unequal", "returned {'b': 1} for example 2"),
-        ("number", "is no function"),
+        ("number", "is not a function"),
     ],
 )
 def test_faulty_user_function_is_one_sentence(function: str, message: str, user_module: str) -> None:

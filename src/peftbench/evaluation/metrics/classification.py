@@ -15,14 +15,14 @@ from peftbench.record import ScoreDefinition
 from peftbench.record.quality import PERCENT
 
 _MAX_LABELS = 1000
-"""Maximum number of different references; with more, they are no labels."""
+"""Maximum number of different references; with more, they are free text."""
 
 
 class Classification(TextMetric):
     """Accuracy, and the mean F1 of the labels (Sokolova and Lapalme 2009, A systematic analysis of performance measures
     for classification tasks; the same as scikit-learn's ``f1_score(average="macro")`` with the references' labels).
 
-    The labels are the references' texts. A generated text that is no label is wrong. Case and surrounding whitespace
+    The labels are the references' texts. Any other generated text is wrong. Case and surrounding whitespace
     do not count.
     """
 

@@ -49,7 +49,7 @@ class UserFunction(TextMetric):
                 "give module:function of a module in the working directory or on the Python path",
             ) from error
         if not callable(function):
-            raise MetricError(f"the metric {self.path} is no function: {module} has no function {name!r}")
+            raise MetricError(f"the metric {self.path} is not a function: {module} has no function {name!r}")
         return function  # type: ignore[no-any-return]
 
     @property
@@ -89,7 +89,7 @@ class UserFunction(TextMetric):
             ) from error
         if len(values) != len(generated):
             raise MetricError(
-                f"the metric {self.path} returned {len(values)} values for {len(generated)} examples",
+                f"the metric {self.path} returned a list of length {len(values)} for {len(generated)} examples",
                 "return one number, or one dict of numbers, for each example",
             )
         rows = [value if isinstance(value, Mapping) else {"": value} for value in values]
