@@ -33,7 +33,7 @@ class ChoiceScore(RecordModel):
 
 
 class Output(RecordModel):
-    """The results of the model for one evaluated example."""
+    """Output of the model for one evaluated example."""
 
     id: str
     reference: str

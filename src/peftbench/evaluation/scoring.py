@@ -52,7 +52,7 @@ def build_quality(
             if output.prediction is not None
         ),
         per_example=PerExample(
-            examples_fingerprint=_hash_examples(dataset["id"], references),
+            examples_fingerprint=hash_examples(dataset["id"], references),
             loss=held_out.nll_sums if held_out else (),
             labeled_tokens=held_out.label_counts if held_out else (),
         ),
@@ -90,7 +90,7 @@ def merge_scores(metrics: Sequence[Metric], quality: Quality, outputs: Sequence[
         RecordError, MetricError: as in :func:`add_scores`.
     """
     per_example = quality.per_example
-    if per_example is None or per_example.examples_fingerprint != _hash_examples(
+    if per_example is None or per_example.examples_fingerprint != hash_examples(
         [output.id for output in outputs], [output.reference for output in outputs]
     ):
         raise RecordError(
@@ -151,6 +151,6 @@ def _compute_interval(values: Sequence[float], definition: ScoreDefinition, resa
     return Interval(mean=interval.mean, low=low, high=high)
 
 
-def _hash_examples(ids: Sequence[str], references: Sequence[str]) -> str:
+def hash_examples(ids: Sequence[str], references: Sequence[str]) -> str:
     """Return a hash of these examples in this order."""
     return hashlib.blake2b(json.dumps([list(ids), list(references)]).encode(), digest_size=8).hexdigest()

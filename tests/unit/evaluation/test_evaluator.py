@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from datasets import Dataset
 
 from peftbench.data.encode import Encoder
-from peftbench.evaluation.evaluator import Evaluator, build_quality
+from peftbench.evaluation.evaluator import Evaluator
+from peftbench.evaluation.scoring import build_quality
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
@@ -124,19 +125,22 @@ def test_memorized_summaries_are_decoded(
 
 
 def test_quality_has_all_metrics_and_samples(
-    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, encoded: Dataset
+    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, encoded: Dataset, workshop: Workshop
 ) -> None:
     """It has the number of examples, the metrics, and the requested number of samples with their references."""
     model = apply_method(ZeroShot(), "gpt2_tied")
-    evaluator = build_evaluator(ZeroShot(), model, saved_samples=3, teacher_forced=True)
-    quality = evaluate_all(evaluator)
+    keys: dict[str, Any] = {"metrics": ("rouge", "exact_match", "perplexity"), "teacher_forced": True}
+    evaluator = build_evaluator(ZeroShot(), model, saved_samples=3, **keys)
+    quality = evaluate_all(evaluator, workshop.recipe(ZeroShot(), evaluate=keys))
     assert (quality.split, quality.num_examples) == ("test", 7)
     assert quality.loss == evaluator.compute_held_out_loss().loss
     assert quality.loss is not None
     assert quality.perplexity == pytest.approx(math.exp(quality.loss))
-    assert quality.rouge is not None
-    assert quality.teacher_forced_argmax_rouge is not None
-    assert set(quality.rouge) == set(quality.teacher_forced_argmax_rouge) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+    of_text = ["rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match"]
+    assert list(quality.metrics) == [*of_text, "perplexity"]
+    assert list(quality.teacher_forced_metrics) == of_text
+    assert quality.headline_metric == "rougeL"
+    assert quality.metrics["perplexity"].interval.mean == pytest.approx(quality.perplexity)
     assert [sample.id for sample in quality.samples] == list(encoded["id"])[:3]
     assert [sample.reference for sample in quality.samples] == list(encoded["summary"])[:3]
     assert [sample.generated for sample in quality.samples] == evaluator.generate_summaries()[:3]
@@ -144,8 +148,8 @@ def test_quality_has_all_metrics_and_samples(
     assert per_example is not None
     assert len(per_example.loss) == len(per_example.labeled_tokens) == 7
     assert sum(per_example.loss) / sum(per_example.labeled_tokens) == pytest.approx(quality.loss)
-    assert {kind: sum(scores) / 7 for kind, scores in per_example.rouge.items()} == pytest.approx(
-        {kind: interval.mean for kind, interval in quality.rouge.items()}
+    assert {name: sum(values) / 7 for name, values in per_example.metrics.items()} == pytest.approx(
+        {name: score.interval.mean for name, score in quality.metrics.items()}
     )
 
 
@@ -168,13 +172,15 @@ def test_examples_fingerprint_depends_on_examples_and_order(
     assert changed_scores.examples_fingerprint != fingerprints[0]
 
 
-def test_rouge_is_none_without_generation(apply_method: ApplyMethod, build_evaluator: BuildEvaluator) -> None:
-    """The loss is computed; ROUGE, teacher-forced ROUGE and samples are absent."""
+def test_scores_are_absent_without_metrics(
+    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, workshop: Workshop
+) -> None:
+    """The loss is computed; scores, teacher-forced scores and samples are absent."""
     model = apply_method(ZeroShot(), "gpt2_tied")
-    quality = evaluate_all(build_evaluator(ZeroShot(), model, metrics=()))
+    evaluator = build_evaluator(ZeroShot(), model, metrics=())
+    quality = evaluate_all(evaluator, workshop.recipe(ZeroShot(), evaluate={"metrics": ()}))
     assert quality.loss is not None
-    assert quality.rouge is None
-    assert quality.teacher_forced_argmax_rouge is None
+    assert (quality.metrics, quality.teacher_forced_metrics, quality.headline_metric) == ({}, {}, None)
     assert quality.samples == ()
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from peftbench.evaluation.metrics.rouge import compute_rouge
+from peftbench.evaluation.metrics.rouge import Rouge
 
 KINDS = {"rouge1", "rouge2", "rougeL", "rougeLsum"}
 TEXTS = ["The river rose over the bridge.", "A council voted on its budget. The vote was close."]
@@ -18,7 +18,7 @@ OTHERS = ["Ein Zug fuhr nach Norden.", "Niemand kam zur Schule. Alles blieb stil
 
 
 def _means(generated: list[str], references: list[str]) -> dict[str, float]:
-    return {kind: statistics.mean(scores) for kind, scores in compute_rouge(generated, references).items()}
+    return {kind: statistics.mean(scores) for kind, scores in Rouge().score_texts(generated, references).items()}
 
 
 def test_identical_texts_score_100() -> None:
@@ -52,7 +52,7 @@ def test_rouge_lsum_ignores_the_order_of_sentences() -> None:
 
 def test_each_text_is_scored_with_its_own_reference() -> None:
     """Reordering the references changes the scores."""
-    scores = compute_rouge([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]])["rouge1"]
+    scores = Rouge().score_texts([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]])["rouge1"]
     assert scores == (100, 0)
     assert _means(TEXTS, TEXTS[::-1])["rouge1"] < 50
 
@@ -140,7 +140,7 @@ def test_ascii_texts_score_as_rouge_score() -> None:
     texts += ["".join(chr(generator.randrange(128)) for _ in range(60)) for _ in range(40)]
     others = generator.sample(texts, len(texts))
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = compute_rouge(texts, others)
+    scores = Rouge().score_texts(texts, others)
     for kind in ("rouge1", "rouge2"):
         expected = [
             100 * scorer.score(other.replace("\n", " "), text.replace("\n", " "))[kind].fmeasure

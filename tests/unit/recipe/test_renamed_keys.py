@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
+from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, REPLACED_SWITCHES
 from peftbench.errors import OutOfRangeError, UnknownKeyError
 from peftbench.recipe.loader import load_recipe, parse_recipe
 from tests.helpers.recipe_files import REQUIRED_KEYS, write
@@ -62,3 +62,23 @@ def test_old_key_of_another_method_gets_the_usual_hint() -> None:
     values: dict[str, Any] = REQUIRED_KEYS | {"method": {"kind": "full", "alpha": 1}}
     with pytest.raises(UnknownKeyError, match=r"there is no key 'method\.alpha'; allowed: kind$"):
         parse_recipe(values)
+
+
+@pytest.mark.parametrize("source", ["yaml", "override"])
+@pytest.mark.parametrize("value", ["true", "false"])
+@pytest.mark.parametrize("old", REPLACED_SWITCHES)
+def test_replaced_switch_is_refused_with_the_values_of_its_new_key(
+    old: str, value: str, source: str, least: Path, tmp_path: Path
+) -> None:
+    """The sentence has the new key's value for true and for false, and each of them is valid."""
+    section, key = old.split(".")
+    files = [least, *([write(tmp_path / "old.yaml", f"{section}: {{{key}: {value}}}")] if source == "yaml" else [])]
+    with pytest.raises(UnknownKeyError) as caught:
+        load_recipe(files, [f"{old}={value}"] if source == "override" else [])
+    assert str(caught.value) == (
+        "Invalid recipe: there is no key 'evaluate.generate'; use evaluate.metrics=null for true and "
+        "evaluate.metrics=[] for false"
+    )
+    assert load_recipe([least], ["evaluate.metrics=null"]).evaluate.metrics is None
+    assert load_recipe([least], ["evaluate.metrics=[]"]).evaluate.metrics == ()
+    assert load_recipe([least], ["evaluate.metrics=[bleu,chrf]"]).evaluate.metrics == ("bleu", "chrf")

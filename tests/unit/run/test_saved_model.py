@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from peftbench.data.sources import Files
-from peftbench.errors import ModelError, OutOfRangeError, RecordError
+from peftbench.errors import ModelError, OutOfRangeError, RecordError, UnknownKeyError
 from peftbench.evaluation.evaluator import Evaluator
-from peftbench.evaluation.metrics.registry import TEXT_METRICS
+from peftbench.evaluation.metrics.rouge import Rouge
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
@@ -75,7 +75,7 @@ def test_saved_model_is_evaluated_to_the_same_quality(
     assert trained.quality is not None
     assert record.quality is not None
     assert record.quality.loss == pytest.approx(trained.quality.loss, rel=1e-6)
-    assert record.quality.rouge == trained.quality.rouge
+    assert record.quality.metrics == trained.quality.metrics
     assert (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8") == outputs
     changed = {"quality", "phase_seconds", "memory", "evaluated_at"}
     assert trained.evaluated_at is None
@@ -100,7 +100,7 @@ def test_generation_out_of_memory_keeps_model_and_loss(workshop: Workshop, monke
     evaluated = evaluate(with_evaluation(recipe, batch_size=1))
     assert evaluated.outcome.kind == "ok"
     assert evaluated.quality is not None
-    assert evaluated.quality.rouge is not None
+    assert evaluated.quality.metrics
     assert evaluated.quality.loss == pytest.approx(record.quality.loss)
     assert evaluated.recipe["evaluate"]["batch_size"] == 1
     assert evaluated.throughput == record.throughput
@@ -124,7 +124,7 @@ def test_rerun_after_a_failed_evaluation_trains_nothing(
     assert record.outcome.kind == "ok"
     assert len(record.step_losses) == 3
     assert record.quality is not None
-    assert record.quality.rouge is not None
+    assert record.quality.metrics
 
 
 def test_killed_evaluation_leaves_a_record_of_the_training(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,13 +177,13 @@ def test_metrics_are_computed_again_from_the_outputs(workshop: Workshop, monkeyp
         raise ZeroDivisionError("a bug of a metric")
 
     with monkeypatch.context() as patch:
-        patch.setitem(TEXT_METRICS, "rouge", fail)
+        patch.setattr(Rouge, "score_texts", fail)
         with pytest.raises(ZeroDivisionError):
             workshop.run(recipe)
     failed = read_record(workshop.output / "run" / "record.json")
     assert failed.outcome.kind == "failed"
     assert failed.quality is not None
-    assert failed.quality.rouge is None
+    assert failed.quality.metrics == {}
     assert len(failed.quality.samples) == 2
     monkeypatch.setattr(Files, "load", lambda *_: pytest.fail("the data was loaded"))
     outcome, path = rescore_outputs(recipe)
@@ -191,6 +191,44 @@ def test_metrics_are_computed_again_from_the_outputs(workshop: Workshop, monkeyp
     assert outcome == record.outcome
     assert record.outcome.kind == "ok"
     assert record.quality == complete.quality
+
+
+def test_metric_is_added_from_the_outputs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs neither model nor data; other scores, the recipe and the headline metric stay."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None})
+    before = workshop.run(recipe)
+    monkeypatch.setattr(Files, "load", lambda *_: pytest.fail("the data was loaded"))
+    for _ in range(2):
+        _, path = rescore_outputs(recipe, ["exact_match", "perplexity"])
+        after = read_record(path)
+        assert before.quality is not None
+        assert after.quality is not None
+        assert list(after.quality.metrics) == [*before.quality.metrics, "exact_match", "perplexity"]
+        assert after.quality.metrics["rougeL"] == before.quality.metrics["rougeL"]
+        assert after.quality.headline_metric == "rougeL"
+        assert after.recipe_fingerprint == before.recipe_fingerprint
+    with pytest.raises(RecordError, match="the metric choice_accuracy needs log-likelihoods of choices, which"):
+        rescore_outputs(recipe, ["choice_accuracy"])
+    with pytest.raises(UnknownKeyError, match="--metric: there is no metric 'exact'; did you mean 'exact_match'"):
+        rescore_outputs(recipe, ["exact"])
+    assert read_record(path) == after
+
+
+def test_recipe_of_the_scores_is_changed_from_the_outputs(workshop: Workshop) -> None:
+    """Other metrics and another headline metric replace those of the record, and are in its recipe."""
+    recipe = workshop.recipe(Full(), evaluate={"metrics": None})
+    workshop.run(recipe)
+    keys = {"metrics": ("exact_match", "rouge"), "headline_metric": "rouge1"}
+    changed = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=keys)})
+    _, path = rescore_outputs(changed)
+    record = read_record(path)
+    assert record.quality is not None
+    assert list(record.quality.metrics) == ["exact_match", "rouge1", "rouge2", "rougeL", "rougeLsum"]
+    assert record.quality.headline_metric == "rouge1"
+    assert record.recipe_fingerprint == changed.fingerprint() != recipe.fingerprint()
+    longer = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"max_new_tokens": 4})})
+    with pytest.raises(OutOfRangeError, match=r"override only evaluate\.metrics, evaluate\.headline_metric"):
+        rescore_outputs(longer)
 
 
 def test_outputs_have_every_example(workshop: Workshop) -> None:

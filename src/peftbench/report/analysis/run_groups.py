@@ -73,7 +73,7 @@ class RunGroup:
         return _mean_if_known(run.flops.model_flops for run in self.ok_runs)
 
     def means_by_seed(self, metric: QualityMetric) -> tuple[float, ...]:
-        """Return one finite value per seed: the mean of its runs, so that a repeated run is no other seed."""
+        """Return one finite value per seed: the mean of its runs, so that a repeated run does not count twice."""
         values: dict[Seed, list[float]] = {}
         for run in self.ok_runs:
             value = metric.get_value(run)

@@ -257,7 +257,7 @@ def _with_unique_title(metric: QualityMetric, titles: Sequence[str]) -> QualityM
 
 
 def build_drop_order(records: Sequence[RunRecord]) -> list[str]:
-    """Return the titles of the columns to drop on a narrow terminal: first the scores that are no headline metric."""
+    """Return the titles of the columns to drop on a narrow terminal: first the scores other than headline metrics."""
     headlines = list_headline_metrics(records)
     others = [metric.name for metric in list_scores(records) if metric not in headlines]
     return [*reversed(others), *_DROP_ORDER]
