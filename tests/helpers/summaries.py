@@ -8,8 +8,6 @@ from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.tasks.summarization import Summarization
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -39,8 +37,3 @@ def summary_encoder(
 ) -> Encoder:
     """Return an encoder of articles and summaries."""
     return Encoder(tokenizer, SequenceLayout(max_length, max_new_tokens), Summarization(separator=separator))
-
-
-def span_completions(rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> list[list[int]]:
-    """Return the label spans of rows in which everything after a prompt of so many tokens is labeled."""
-    return [[prompt, len(row)] for row, prompt in zip(rows, prompts, strict=True)]

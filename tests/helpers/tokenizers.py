@@ -38,7 +38,7 @@ def word_tokenizer(
 
 
 def spaced_word_tokenizer() -> PreTrainedTokenizerBase:
-    """Return a tokenizer of the words a, b and : that adds a space before every text, as SentencePiece does."""
+    """Return a tokenizer of the tokens a, b and : that adds a space before every text, as SentencePiece does."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -24,7 +24,7 @@ class Task(ConfigSection):
     headline_metric: ClassVar[str | None] = None
     """Score by which runs are compared; None: held-out loss."""
     evaluation: ClassVar[Literal["generate", "choices", "loss"]] = "generate"
-    """What is evaluated in addition to held-out loss: generated text, choices by log-likelihood, or nothing."""
+    """Evaluation in addition to held-out loss: generated text, choices by log-likelihood, or nothing."""
     labels_whole_row: ClassVar[bool] = False
     """True if every token of a row is labeled."""
 
@@ -74,6 +74,10 @@ class Task(ConfigSection):
             PeftbenchError: the tokenizer lacks what the task needs.
         """
         return PlainRenderer(self, tokenizer)
+
+    def label_reference(self) -> Task:
+        """Return the task with labels for the reference alone, so that they start where the prompt ends."""
+        return self
 
     def build_segments(self, example: Example) -> Sequence[Segment]:
         """Return the segments of an example, without the tokenizer's start token and without an end token."""
