@@ -76,6 +76,10 @@ class Task(ConfigSection):
         """
         return PlainRenderer(self, tokenizer)
 
+    def label_reference(self) -> Task:
+        """Return the task with labels for the reference alone, so that they start where the prompt ends."""
+        return self
+
     def build_segments(self, example: Example) -> Sequence[Segment]:
         """Return the segments of an example, without the tokenizer's start token and without an end token."""
         raise NotImplementedError

@@ -52,6 +52,9 @@ class Chat(Task):
         fault = find_fault(json.loads(example["messages"]))
         return None if fault is None else RowFault(f"{fault[0]} in column {self.messages!r}", fault[1])
 
+    def label_reference(self) -> Task:
+        return self.model_copy(update={"labels": "last_assistant"}) if self.labels == "all" else self
+
     def build_renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         return ChatRenderer(tokenizer, read_template(self.chat_template, tokenizer), self.labels)
 

@@ -93,13 +93,13 @@ def test_hash_backbone_covers_every_tensor_except_the_head(fresh_base: Callable[
 
 
 def test_hash_examples_covers_all_tokens_and_counts_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that tokens, prompt lengths and order change the hash, and the block size does not change the counts.
+    """Check that tokens, spans of labels and order change the hash, and the block size does not change the counts.
 
     A row's first token is never predicted, so it is not counted.
     """
     from datasets import Dataset
 
-    examples = [*rows(LENGTHS_AND_PROMPTS), {"input_ids": [5, 6, 7], "prompt_tokens": 0}]
+    examples = [*rows(LENGTHS_AND_PROMPTS), {"input_ids": [5, 6, 7], "label_spans": [0, 3]}]
 
     def hash_and_count(rows_to_hash: list[dict[str, Any]]) -> tuple[str, list[int]]:
         digest, counts = hash_examples(Dataset.from_list(rows_to_hash))
@@ -108,12 +108,12 @@ def test_hash_examples_covers_all_tokens_and_counts_labels(monkeypatch: pytest.M
     digest, counts = hash_and_count(examples)
     assert counts == [3, 9, 1, 14, 2]
     variants = [
-        hash_and_count([*examples[:4], {"input_ids": [5, 6, 8], "prompt_tokens": 0}]),
-        hash_and_count([*examples[:4], {"input_ids": [5, 6, 7], "prompt_tokens": 1}]),
+        hash_and_count([*examples[:4], {"input_ids": [5, 6, 8], "label_spans": [0, 3]}]),
+        hash_and_count([*examples[:4], {"input_ids": [5, 6, 7], "label_spans": [1, 3]}]),
         hash_and_count([*examples[1:], examples[0]]),
         hash_and_count(examples[:4]),
         hash_and_count(
-            [*examples[:4], {"input_ids": [5, 6], "prompt_tokens": 0}, {"input_ids": [7], "prompt_tokens": 0}]
+            [*examples[:4], {"input_ids": [5, 6], "label_spans": [0, 2]}, {"input_ids": [7], "label_spans": [0, 1]}]
         ),
     ]
     assert digest not in {variant for variant, _ in variants}

@@ -48,14 +48,14 @@ def test_zero_shot_logits_equal_those_of_the_base(
     [(1, "It rained."), (2, "It rained. The river rose."), (9, "It rained. The river rose. No bridge held.")],
 )
 def test_lead_extracts_the_first_sentences(sentences: int, expected: str) -> None:
-    """A shorter article is extracted as a whole."""
-    assert Lead(sentences=sentences).extract_summary("It rained. The river rose.\nNo bridge held.") == expected
+    """A shorter prompt is extracted as a whole."""
+    assert Lead(sentences=sentences).extract_output("It rained. The river rose.\nNo bridge held.") == expected
 
 
-def test_only_lead_extracts_a_summary() -> None:
-    """Methods that generate summaries with a model return None."""
-    assert Full().extract_summary("It rained.") is None
-    assert ZeroShot().extract_summary("It rained.") is None
+def test_only_lead_extracts_an_output() -> None:
+    """Methods that generate text with a model return None."""
+    assert Full().extract_output("It rained.") is None
+    assert ZeroShot().extract_output("It rained.") is None
 
 
 def test_lead_cannot_be_applied_to_a_model(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, REPLACED_SWITCHES
+from peftbench.common.renamed_keys import MOVED_KEYS, RENAMED_KEYS, RENAMED_VALUES, REPLACED_SWITCHES
 from peftbench.errors import OutOfRangeError, UnknownKeyError
 from peftbench.recipe.loader import load_recipe, parse_recipe
 from tests.helpers.recipe_files import REQUIRED_KEYS, write
@@ -43,6 +43,33 @@ def test_old_key_is_refused_with_its_new_name(old: str, new: str, source: str, l
         overrides.append(f"{old}=1")
     with pytest.raises(UnknownKeyError, match=f"^Invalid recipe: there is no key '{old}'; it was renamed to '{new}'$"):
         load_recipe(files, overrides)
+
+
+SOURCES_OF_KEYS = {
+    "data.source.article": "hub",
+    "data.source.summary": "hub",
+    "data.source.article_tokens": "synthetic",
+    "data.source.summary_tokens": "synthetic",
+}
+
+
+@pytest.mark.parametrize("selects_task", [True, False])
+@pytest.mark.parametrize(("old", "new"), MOVED_KEYS.items())
+def test_moved_key_is_refused_with_its_new_place(old: str, new: str, selects_task: bool, least: Path) -> None:
+    """A key of the task is named with the kind of task that has it, whether the recipe selects it or not."""
+    overrides = [f"{old}=x", *(["task.kind=summarization"] if selects_task else [])]
+    if old in SOURCES_OF_KEYS:
+        overrides.append(f"data.source.kind={SOURCES_OF_KEYS[old]}")
+    kind = ", a key of task.kind=summarization" if new.startswith("task.") else ""
+    sentence = f"^Invalid recipe: there is no key '{old}'; it was renamed to '{new}'{kind}$"
+    with pytest.raises(UnknownKeyError, match=sentence):
+        load_recipe([least], overrides)
+
+
+def test_moved_keys_cover_everything_that_the_task_took_over() -> None:
+    """The columns and the separator are keys of the task; the lengths of synthetic texts have other names."""
+    assert set(MOVED_KEYS) == {*SOURCES_OF_KEYS, "data.separator"}
+    assert [new.split(".")[0] for new in MOVED_KEYS.values()].count("task") == 3
 
 
 @pytest.mark.parametrize(("key", "old", "new"), VALUES)

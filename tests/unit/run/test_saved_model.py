@@ -29,6 +29,7 @@ from peftbench.training import loop
 from tests.helpers.corpus import examples, write_corpus
 from tests.helpers.methods import every_method
 from tests.helpers.short_runs import use_small_matmul
+from tests.helpers.summaries import load_summaries
 from tests.helpers.training import reset_accelerators
 from tests.helpers.workshop import Workshop
 
@@ -236,7 +237,7 @@ def test_outputs_have_every_example(workshop: Workshop) -> None:
     workshop.run(workshop.recipe(Full(), evaluate={"metrics": None, "teacher_forced": True, "saved_samples": 1}))
     lines = (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
     outputs = [json.loads(line) for line in lines]
-    assert [output["reference"] for output in outputs] == list(workshop.source.load("test")["summary"])
+    assert [output["reference"] for output in outputs] == list(load_summaries(workshop.source, "test")["summary"])
     assert all(set(output) == {"id", "reference", "generated", "teacher_forced"} for output in outputs)
 
 
