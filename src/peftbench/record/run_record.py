@@ -103,9 +103,9 @@ class RunRecord(RecordModel):
     num_examples: dict[str, int] = Field(default={})
     """Examples used, by split."""
     num_dropped_examples: dict[str, int] = Field(default={})
-    """Examples dropped because the summary leaves no room for the article, by split."""
+    """Examples dropped because they do not fit the length of a sequence, by split."""
     num_cut_examples: dict[str, int] = Field(default={})
-    """Examples whose article is cut to the length of a sequence, by split."""
+    """Examples whose prompt is cut to the length of a sequence, by split."""
     num_control_token_examples: dict[str, int] = Field(default={})
     """Examples with text that the tokenizer can only encode as a control token, by split."""
     split_overlap: SplitOverlap | None = None
