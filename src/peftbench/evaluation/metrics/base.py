@@ -25,7 +25,7 @@ _NEED_NAMES: dict[Needs, str] = {
 
 
 class Metric(ABC):
-    """Computes one or more scores, e.g. one for each kind of ROUGE."""
+    """Computes one or more scores, e.g. a strict and a flexible one."""
 
     name: ClassVar[str]
     """Name in ``evaluate.metrics``."""
