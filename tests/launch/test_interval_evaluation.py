@@ -16,12 +16,9 @@ from tests.helpers.paths import REPOSITORY
 from tests.launch.test_run_suite import record_of, run
 
 STEPS = 8
-ARGUMENTS = [
-    "--config",
-    "recipe.yaml",
+OVERRIDES = [
     f"train.steps={STEPS}",
     "model.dropout=0.1",
-    "data.source.validation=rows.jsonl",
     "evaluate.split=validation",
     "evaluate.batch_size=3",
     "schedule.kind=constant",
@@ -32,19 +29,25 @@ CONFIGS = {"ddp": "cpu2", "fsdp2": "fsdp2", "zero1": "zero1", "zero2": "zero2", 
 METHODS = ("lora", "full", "prompt_tuning", "last_layer")
 
 
-def launch(engine: str | None, *overrides: str) -> list[str]:
-    """Return the command that trains on two processes of an engine, or on one process without a launcher."""
+def launch(engine: str | None, project: Path, *overrides: str) -> list[str]:
+    """Return the command that trains on two processes of an engine, or on one process without a launcher.
+
+    It works in any directory; the accelerate files of DeepSpeed name files relative to the repository.
+    """
+    rows = project / "rows.jsonl"
+    paths = [f"data.source.{split}={rows}" for split in ("train", "validation", "test")]
+    arguments = ["--config", str(project / "recipe.yaml"), f"output_dir={project / 'out'}", *paths, *OVERRIDES]
+    script = ["-m", "peftbench.train", *arguments, *overrides]
     if engine is None:
-        return [sys.executable, "-m", "peftbench.train", *ARGUMENTS, *overrides]
+        return [sys.executable, *script]
     config = REPOSITORY / "accel_configs" / f"{CONFIGS[engine]}.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    processes = ["--num_processes", "2", "--main_process_port", "0"]
-    return [*launcher, *processes, "-m", "peftbench.train", *ARGUMENTS, *overrides]
+    return [*launcher, "--num_processes", "2", "--main_process_port", "0", *script]
 
 
 def train(command: list[str], project: Path, caches: dict[str, str]) -> dict[str, Any]:
     """Run a command that succeeds; return the record of the run that its last override names."""
-    done = run(command, project, caches | {"DS_ACCELERATOR": "cpu"})
+    done = run(command, REPOSITORY, caches | {"DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stderr
     return record_of(project, command[-1].removeprefix("name="))
 
@@ -55,8 +58,8 @@ def train(command: list[str], project: Path, caches: dict[str, str]) -> dict[str
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes(engine: str, method: str, project: Path, caches: dict[str, str]) -> None:
     """Losses are equal to the last bit with and without it; the final evaluation has the lowest loss of the curve."""
-    plain = train(launch(engine, f"method.kind={method}", "name=plain"), project, caches)
-    record = train(launch(engine, f"method.kind={method}", *EVALUATION, "name=evaluated"), project, caches)
+    plain = train(launch(engine, project, f"method.kind={method}", "name=plain"), project, caches)
+    record = train(launch(engine, project, f"method.kind={method}", *EVALUATION, "name=evaluated"), project, caches)
     assert record["engine"]["name"] == engine
     assert record["device"]["num_processes"] == 2
     assert record["step_losses"] == plain["step_losses"]
@@ -83,12 +86,12 @@ def test_best_step_and_patience_survive_a_kill(kill_step: int, project: Path, ca
         "optimizer.learning_rate=0.1",
         "train.steps=40",
     ]
-    expected = train(launch(None, *overrides, "name=whole"), project, caches)
+    expected = train(launch(None, project, *overrides, "name=whole"), project, caches)
     assert expected["stopped_early"]
     assert expected["held_out_curve"]["kept_step"] == expected["steps"] - 4
     process = subprocess.Popen(
-        launch(None, *overrides, "name=killed"),
-        cwd=project,
+        launch(None, project, *overrides, "name=killed"),
+        cwd=REPOSITORY,
         env=caches,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -98,7 +101,7 @@ def test_best_step_and_patience_survive_a_kill(kill_step: int, project: Path, ca
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    record = train(launch(None, *overrides, "name=killed"), project, caches)
+    record = train(launch(None, project, *overrides, "name=killed"), project, caches)
     assert record["resumed_after"][0] >= kill_step
     assert record["step_losses"] == expected["step_losses"]
     assert record["steps"] == expected["steps"]

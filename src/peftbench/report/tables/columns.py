@@ -82,6 +82,16 @@ def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) 
     )
 
 
+def _forgetting_values(record: RunRecord) -> dict[str, float | None]:
+    """Return the increase of the loss on the general text, and both losses."""
+    forgetting = record.forgetting
+    return {
+        "forgetting": forgetting.increase if forgetting else None,
+        "general_text_loss_before": forgetting.loss_before if forgetting else None,
+        "general_text_loss_after": forgetting.loss_after if forgetting else None,
+    }
+
+
 def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
     """Return statistics of the CUDA allocator in the training phase; None on CPU."""
     memory = record.memory.get("train")
@@ -104,6 +114,7 @@ DROP_ORDER = (
     "ROUGE-1",
     "trainable %",
     "training cost",
+    "forgetting (nats)",
     "model compute (TFLOP)",
     "% of measured matmul FLOP/s",
     "energy (J / 1k samples)",
@@ -143,6 +154,14 @@ COLUMNS: tuple[Column, ...] = (
     _rouge_column("rougeL", "ROUGE-L"),
     _rouge_column("rougeLsum", "ROUGE-Lsum"),
     _rouge_column("rougeL", "ROUGE-L, teacher-forced argmax", teacher_forced=True),
+    Column(
+        "forgetting (nats)",
+        "Loss on the text of evaluate.general_text after the training minus before, in nats per token; above 0, the "
+        "model has become worse on it.",
+        _forgetting_values,
+        lambda r: "–" if (increase := _forgetting_values(r)["forgetting"]) is None else f"{increase:+.3f}",
+        optional=True,
+    ),
     Column(
         "train time (s)",
         "Seconds of training steps, without the first ones (profile.untimed_steps), loading, tokenization and "
