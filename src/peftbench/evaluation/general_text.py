@@ -50,7 +50,7 @@ def read_general_text(name: str) -> GeneralText:
     except OSError as error:
         raise DataError(f"{described} cannot be read: {error.strerror}", "give a file that can be read") from error
     if len(text.split()) < 2:
-        raise DataError(f"{described} has less than two words", "give a text of some hundred words")
+        raise DataError(f"{described} is too short to measure a loss", "give a text of at least a page")
     return GeneralText(name, text)
 
 

@@ -96,7 +96,7 @@ class TrainingCheckpointer:
             difference = (
                 f"on {metadata.world_size} processes"
                 if metadata.world_size != own_metadata.world_size
-                else "with other settings (profile, budget or micro-batch size)"
+                else "with other settings (profile, budget, micro-batch size or evaluate.interval)"
             )
             state.notes.append(
                 f"The first {self.resume_step} steps ran {difference} and are excluded from speed, memory and energy."

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from peftbench.evaluation.evaluator import Evaluator
+from peftbench.evaluation.evaluator import Evaluator, add_scores, build_quality
+from peftbench.evaluation.outputs import build_outputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,3 +34,11 @@ def build_evaluator(
     return Evaluator(
         state.context, adapted_model, encoder, examples, recipe or state.recipe, synced=is_sharded, is_oom=is_oom
     )
+
+
+def compute_metric_means(evaluator: Evaluator) -> dict[str, float]:
+    """Generate texts with the evaluator's model and return the mean of each metric. Collective."""
+    config, examples = evaluator.config, evaluator.dataset
+    generated = evaluator.generate_summaries()
+    quality = add_scores(config, build_quality(config, examples, generated), build_outputs(examples, generated, None))
+    return {name: score.mean for name, score in (quality.rouge or {}).items()}

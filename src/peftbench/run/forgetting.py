@@ -49,8 +49,8 @@ def measure_loss_before(state: RunState, adapted_model: AdaptedModel, encoder: E
 def measure_loss_after(state: RunState, adapted_model: AdaptedModel, encoder: Encoder, is_oom: IsOom) -> None:
     """Measure the loss of the model that the run evaluates. Collective.
 
-    An untrained model has forgotten nothing. Without an own measurement, the loss before the training is that in the
-    record of the training.
+    For an untrained model both losses are equal. Without an own measurement, the loss before the training is that of
+    the record of the training.
     """
     if state.recipe.evaluate.general_text is None:
         return

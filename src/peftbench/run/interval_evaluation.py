@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from peftbench.distributed.sharding import reshard
 from peftbench.record import HeldOutCurve, HeldOutPoint
+from peftbench.run.evaluators import compute_metric_means
 from peftbench.training.data import INTERVAL_SPLIT
 from peftbench.training.state import preserve_rng_state
 
 if TYPE_CHECKING:
     from peftbench.evaluation.evaluator import Evaluator
-    from peftbench.recipe import schema as recipe_schema
+    from peftbench.recipe.schema import EarlyStopping
     from peftbench.run.state import RunState
     from peftbench.training.callbacks import EvaluationCallback, StepInfo
     from peftbench.training.loop import TrainProgress
@@ -43,17 +44,18 @@ class IntervalEvaluation:
         state = self.state
         with state.probe.excluded("evaluate") as section, preserve_rng_state():
             loss = self.evaluator.compute_held_out_loss().loss
+            metrics = compute_metric_means(self.evaluator) if state.recipe.evaluate.interval_metrics else {}
             reshard(self.evaluator.model)
             state.recipe.method.set_training(self.evaluator.model)
         state.notes += [note for note in self.evaluator.notes if note not in state.notes]
         curve = state.held_out_curve or HeldOutCurve(split=INTERVAL_SPLIT, num_examples=len(self.evaluator.dataset))
-        point = HeldOutPoint(step=info.step, loss=loss, seconds=section.seconds)
+        point = HeldOutPoint(step=info.step, loss=loss, seconds=section.seconds, metrics=metrics)
         state.held_out_curve = curve.with_point(point)
         for callback in self.callbacks:
             callback.after_evaluation(state.held_out_curve)
 
 
-class EarlyStopping:
+class EarlyStoppingCallback:
     """Ends the training when the held-out loss no longer falls. An evaluation callback."""
 
     def __init__(self, state: RunState) -> None:
@@ -67,7 +69,7 @@ class EarlyStopping:
         state.progress.stopped_early = curve.count_without_improvement(config.min_delta) >= config.patience
 
 
-def describe_early_stop(config: recipe_schema.EarlyStopping, progress: TrainProgress, total_steps: int) -> str:
+def describe_early_stop(config: EarlyStopping, progress: TrainProgress, total_steps: int) -> str:
     """Return a note on a training that ended early."""
     evaluations = f"{config.patience} evaluation{'s' if config.patience != 1 else ''}"
     return (

@@ -24,7 +24,7 @@ from peftbench.profiler.throughput import explain_untimed_run
 from peftbench.record import RunRecord
 from peftbench.run.checkpointing import TrainingCheckpointer
 from peftbench.run.forgetting import measure_loss_before
-from peftbench.run.interval_evaluation import EarlyStopping, IntervalEvaluation, describe_early_stop
+from peftbench.run.interval_evaluation import EarlyStoppingCallback, IntervalEvaluation, describe_early_stop
 from peftbench.run.oom import OomHandler, resolve_auto_micro_batch
 from peftbench.run.outcome import OutcomeHandler
 from peftbench.run.progress_bar import ProgressBar
@@ -300,7 +300,11 @@ class Run:
         )
         assert interval_steps is not None
         best_weights = [checkpointer.best_weights] if checkpointer.best_weights is not None else []
-        return [IntervalEvaluation(state, evaluator, interval_steps, [*callbacks, *best_weights, EarlyStopping(state)])]
+        return [
+            IntervalEvaluation(
+                state, evaluator, interval_steps, [*callbacks, *best_weights, EarlyStoppingCallback(state)]
+            )
+        ]
 
     def _set_start_status(self, training: TrainingComponents) -> None:
         progress = self.state.progress

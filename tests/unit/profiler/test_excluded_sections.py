@@ -120,7 +120,7 @@ def test_peak_excludes_the_section() -> None:
 
 @pytest.mark.parametrize(("needed", "events"), [(900, ["empty_cache"]), (300, [])], ids=["grows", "fits"])
 def test_reserved_memory_of_the_section_is_released(needed: int, events: list[str]) -> None:
-    """What the allocator reserved for the section is released; if the section fits the cache, the cache is kept."""
+    """Release what the allocator reserved for the section; if the section fits the cache, the cache is kept."""
     probe = Probe(torch.device("cpu"))
     meter = CachingMeter()
     probe.memory_meter = meter
@@ -135,7 +135,7 @@ def test_reserved_memory_of_the_section_is_released(needed: int, events: list[st
 
 
 def test_phase_of_an_error_is_the_section() -> None:
-    """An error in the section is reported with its name; after a section without one, the phase goes on."""
+    """An error in the section is reported with its name; after a section without one, the phase continues."""
     probe = Probe(torch.device("cpu"))
     with pytest.raises(RuntimeError), probe.phase("train"), probe.paused(), probe.excluded("evaluate"):
         raise RuntimeError

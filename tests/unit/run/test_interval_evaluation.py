@@ -13,18 +13,21 @@ import pytest
 import torch
 
 from peftbench.data.sources import Files
-from peftbench.errors import CheckpointError, EmptySplitError
+from peftbench.errors import CheckpointError, EmptySplitError, TimeLimitError
 from peftbench.evaluation.evaluator import Evaluator, HeldOutLoss
 from peftbench.methods.base import Method
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.optim import AdamW
 from peftbench.recipe.schema import Checkpoint, EarlyStopping, Recipe
-from peftbench.record import RunRecord
+from peftbench.record import RunRecord, read_record
 from peftbench.run import best_weights
 from peftbench.run.runner import Run
 from peftbench.run_dir.layout import RunDir, get_checkpoint_step
+from peftbench.run_dir.stop_request import STOP_LEAD_ENV
 from peftbench.training.checkpoint import CheckpointManager
+from tests.helpers.corpus import examples, write_corpus
 from tests.helpers.methods import every_method
 from tests.helpers.short_runs import use_small_matmul
 from tests.helpers.training import reset_accelerators
@@ -276,3 +279,100 @@ def test_patience_survives_a_resume(
     assert resumed.held_out_curve is not None
     assert resumed.held_out_curve.kept_step == 1
     assert resumed.quality == whole.quality
+
+
+def test_metrics_during_training(workshop: Workshop) -> None:
+    """Their means are those of the evaluation after the training, and the losses are those without them."""
+    generate = {"generate": True, "split": "validation", "max_new_tokens": 4}
+    method = PromptTuning(num_virtual_tokens=4)
+    plain = workshop.run(workshop.recipe(method, model={"dropout": 0.2}, evaluate=generate))
+    keys = generate | {"interval": 2, "interval_metrics": True}
+    record = workshop.run(workshop.recipe(method, model={"dropout": 0.2}, evaluate=keys))
+    assert record.step_losses == plain.step_losses
+    assert record.held_out_curve is not None
+    assert record.quality is not None
+    assert record.quality.rouge is not None
+    first, last = record.held_out_curve.points
+    assert last.metrics == {name: score.mean for name, score in record.quality.rouge.items()}
+    assert set(first.metrics) == set(last.metrics)
+
+
+def test_trackers_receive_the_curve(workshop: Workshop) -> None:
+    """TensorBoard has a point for each evaluation, at its step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    record = workshop.run(workshop.recipe(Lora(r=2), evaluate={"interval": 2}, trackers=("tensorboard",)))
+    events = EventAccumulator(str(workshop.output / "run" / "peftbench"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("held_out_loss")]
+    assert logged == [(step, pytest.approx(loss)) for step, loss in read_curve(record)]
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_changed_validation_data_is_trained_on_if_it_selects(
+    keep_best: bool, workshop: Workshop, tmp_path: Path
+) -> None:
+    """Other validation examples may select other weights; without a selection they change the evaluation only."""
+    (tmp_path / "data").mkdir()
+    splits = {name: examples(8, seed=seed) for seed, name in enumerate(("train", "validation", "test"))}
+    recipe = workshop.recipe(
+        Lora(r=2),
+        data={"source": write_corpus(tmp_path / "data", splits)},
+        evaluate={"interval": 1},
+        checkpoint=Checkpoint(keep_best=keep_best),
+        save_model=True,
+    )
+    first = workshop.run(recipe)
+    write_corpus(tmp_path / "data", splits | {"validation": examples(9, seed=9)})
+    assert (workshop.run(recipe).step_seconds != first.step_seconds) == keep_best
+
+
+def test_checkpoint_of_an_earlier_version_resumes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint without a curve starts one; its steps are trained as if it had one."""
+    recipe = workshop.recipe(Lora(r=2), train={"steps": 4}, checkpoint=Checkpoint(interval=1), evaluate={"interval": 2})
+    whole = workshop.run(recipe.model_copy(update={"name": "whole"}))
+    save = CheckpointManager.save
+
+    def save_without_new_keys(self: CheckpointManager, step: int, state: dict[str, Any]) -> None:
+        del state["held_out_curve"], state["progress"]["stopped_early"]
+        save(self, step, state)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(CheckpointManager, "save", save_without_new_keys)
+        assert workshop.run(recipe).outcome.kind == "preempted"
+    resumed = workshop.run(recipe)
+    assert resumed.resumed_after == (3,)
+    assert resumed.step_losses == whole.step_losses
+    assert read_curve(resumed) == read_curve(whole)[1:]
+
+
+def test_evaluation_counts_in_the_time_between_stop_request_and_limit(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that receives its stop signal too late for an evaluation is refused after the first one."""
+    compute = Evaluator.compute_held_out_loss
+
+    def wait(self: Evaluator) -> HeldOutLoss:
+        time.sleep(1)
+        return compute(self)
+
+    monkeypatch.setattr(Evaluator, "compute_held_out_loss", wait)
+    monkeypatch.setenv(STOP_LEAD_ENV, "0.9")
+    recipe = workshop.recipe(Lora(r=2), train={"steps": 6}, evaluate={"interval": 4})
+    with pytest.raises(TimeLimitError, match=r"its evaluation 1\.\d s and its checkpoint"):
+        workshop.run(recipe)
+    assert read_record(workshop.output / "run" / "record.json").steps == 4
+
+
+def test_out_of_memory_names_the_evaluation(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outcome has the phase of the evaluation, not a step of the training."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Evaluator, "_compute_losses", fail)
+    outcome = workshop.run(workshop.recipe(Lora(r=2), evaluate={"interval": 2})).outcome
+    assert (outcome.kind, outcome.phase, outcome.step) == ("oom", "evaluate", None)

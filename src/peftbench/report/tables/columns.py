@@ -82,7 +82,7 @@ def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) 
     )
 
 
-def _forgetting_values(record: RunRecord) -> dict[str, float | None]:
+def _forgetting_values(record: RunRecord) -> dict[str, CellValue]:
     """Return the increase of the loss on the general text, and both losses."""
     forgetting = record.forgetting
     return {
@@ -90,6 +90,11 @@ def _forgetting_values(record: RunRecord) -> dict[str, float | None]:
         "general_text_loss_before": forgetting.loss_before if forgetting else None,
         "general_text_loss_after": forgetting.loss_after if forgetting else None,
     }
+
+
+def _format_forgetting(record: RunRecord) -> str:
+    increase = record.forgetting.increase if record.forgetting else None
+    return "–" if increase is None else f"{increase:+.3f}"
 
 
 def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
@@ -159,7 +164,7 @@ COLUMNS: tuple[Column, ...] = (
         "Loss on the text of evaluate.general_text after the training minus before, in nats per token; above 0, the "
         "model has become worse on it.",
         _forgetting_values,
-        lambda r: "–" if (increase := _forgetting_values(r)["forgetting"]) is None else f"{increase:+.3f}",
+        _format_forgetting,
         optional=True,
     ),
     Column(
@@ -225,7 +230,8 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "energy (J / 1k samples)",
         "Joules of the training phase per 1,000 training examples: all GPUs of the run (NVML), or the CPU packages "
-        "(RAPL) for runs on CPU, including other processes and the time that experiment trackers take.",
+        "(RAPL) for runs on CPU, including other processes and the time that experiment trackers take, without "
+        "evaluations.",
         lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "train_joules": r.energy_joules},
         lambda r: _text_or_unknown(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,
