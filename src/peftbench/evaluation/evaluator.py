@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,13 +77,17 @@ class Evaluator:
         self.synced, self.is_oom = synced, is_oom
         self.batch_size = recipe.evaluate.batch_size
         """Examples per batch; halved when a batch runs out of memory."""
-        self._stop_ids = encoder.find_stop_ids(dataset[0]) if recipe.task.evaluation == "generate" else []
         self.notes: list[str] = []
         """Notes for the record."""
         # Evaluation never labels padding, whatever the settings for training.
         self.collator = replace(
             build_collator(recipe, adapted_model.loss, encoder.eos_token_id), label_padding=False, pad_to_length=None
         )
+
+    @cached_property
+    def _stop_ids(self) -> list[int]:
+        """Ids that end a generated text."""
+        return self.encoder.find_stop_ids(self.dataset[0])
 
     def _map_batches(self, description: str, compute: Callable[[list[dict[str, Any]]], Sequence[_T]]) -> list[_T]:
         """Call ``compute`` with this rank's examples in batches of similar lengths; return one result per example.

@@ -59,6 +59,9 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         step_tokens=tuple(counts.real for counts in progress.step_token_counts),
         step_seconds=tuple(probe.step_seconds[: progress.completed_steps]),
         untimed_steps=min(state.recipe.profile.untimed_steps, progress.completed_steps),
+        stopped_early=progress.stopped_early,
+        held_out_curve=state.held_out_curve,
+        forgetting=state.forgetting,
         resumed_after=tuple(state.resumed_after),
         phase_seconds=dict(probe.phase_seconds),
         throughput=_build_throughput(state) if state.is_trained else None,
@@ -105,19 +108,21 @@ def add_evaluation(trained: RunRecord, evaluated: RunRecord) -> RunRecord:
             "recipe_fingerprint": evaluated.recipe_fingerprint,
             "outcome": evaluated.outcome,
             "data_fingerprint": evaluated.data_fingerprint,
-            **{name: getattr(evaluated, name) | _keep_train(getattr(trained, name)) for name in counts},
+            **{name: getattr(evaluated, name) | _keep_splits(getattr(trained, name), trained) for name in counts},
             "split_overlap": evaluated.split_overlap or trained.split_overlap,
             "phase_seconds": _replace_phases(trained.phase_seconds, evaluated.phase_seconds, phases),
             "memory": _replace_phases(trained.memory, evaluated.memory, phases),
+            "forgetting": evaluated.forgetting,
             "quality": evaluated.quality,
             "notes": tuple(dict.fromkeys((*notes, *evaluated.notes))),
         }
     )
 
 
-def _keep_train(counts: Mapping[str, int]) -> dict[str, int]:
-    """Return the count of the training split alone."""
-    return {split: count for split, count in counts.items() if split == "train"}
+def _keep_splits(counts: Mapping[str, int], trained: RunRecord) -> dict[str, int]:
+    """Return the counts of the splits that the training used."""
+    used = {"train", trained.held_out_curve.split if trained.held_out_curve is not None else "train"}
+    return {split: count for split, count in counts.items() if split in used}
 
 
 def _replace_phases(old: Mapping[str, _T], new: Mapping[str, _T], phases: Collection[str]) -> dict[str, _T]:

@@ -14,8 +14,16 @@ from peftbench.evaluation.metrics.selection import generates_text, select_metric
 from peftbench.evaluation.outputs import Output, Predictions, build_choice_scores, build_outputs, write_outputs
 from peftbench.evaluation.scoring import add_scores, build_quality
 from peftbench.profiler.peak_flops import measure_matmul_flops
+from peftbench.run.evaluators import build_evaluator
+from peftbench.run.forgetting import measure_loss_after
 from peftbench.training.build import AdaptedModel, apply_method, build_training, check_generation
-from peftbench.training.data import load_encoded_split, load_split, read_targets
+from peftbench.training.data import (
+    INTERVAL_SPLIT,
+    explain_interval_split,
+    load_encoded_split,
+    load_split,
+    read_targets,
+)
 from peftbench.training.loop import DivergedError
 from peftbench.training.overlap import find_overlap
 
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 
     from peftbench.data.batches import EncodedExamples
     from peftbench.data.encode import Encoder
+    from peftbench.evaluation.evaluator import Evaluator
     from peftbench.modeling.loading import LoadedModel
     from peftbench.run.state import RunState
     from peftbench.training.build import TrainingComponents
@@ -37,6 +46,35 @@ def load_examples(state: RunState, encoder: Encoder, split: str) -> Dataset:
     state.num_cut_labels[split] = sum(encoded.dataset["cut_labels"])
     state.num_with_control_tokens[split] = count_marked(encoded.dataset, "control_tokens")
     return encoded.dataset
+
+
+def build_interval_evaluator(
+    state: RunState,
+    adapted_model: AdaptedModel,
+    encoder: Encoder,
+    held_out: Dataset,
+    is_oom: Callable[[BaseException], bool],
+) -> Evaluator | None:
+    """Return the evaluator of the validation split during training, None without ``evaluate.interval``.
+
+    ``held_out`` are the examples that are evaluated after the training.
+
+    Raises:
+        EmptySplitError: the source has no validation split.
+    """
+    config = state.recipe.evaluate
+    if config.interval is None:
+        return None
+    if config.split == INTERVAL_SPLIT:
+        examples = held_out
+        if state.recipe.selects_by_held_out_loss:
+            state.notes.append(
+                f"the evaluated {INTERVAL_SPLIT} split has also selected the saved weights, so its result is optimistic"
+            )
+    else:
+        with explain_interval_split():
+            examples = load_examples(state, encoder, INTERVAL_SPLIT)
+    return build_evaluator(state, adapted_model, encoder, examples, is_oom)
 
 
 def compare_splits(state: RunState, train: Dataset, evaluated: Dataset) -> None:
@@ -86,10 +124,7 @@ def evaluate_model(
         DivergedError: the held-out loss is not finite.
     """
     config, probe = state.recipe.evaluate, state.probe
-    is_sharded = state.engine.shards_weights and state.recipe.method.is_trainable
-    evaluator = Evaluator(
-        state.context, adapted_model, encoder, examples, state.recipe, synced=is_sharded, is_oom=is_oom
-    )
+    evaluator = build_evaluator(state, adapted_model, encoder, examples, is_oom)
     needs = {metric.needs for metric in select_metrics(state.recipe)}
     predictions = Predictions()
     try:
@@ -99,6 +134,7 @@ def evaluate_model(
             if not math.isfinite(held_out.loss):
                 step = state.get_trained_steps()
                 raise DivergedError(step, f"the held-out loss after step {step} is {held_out.loss}")
+            measure_loss_after(state, adapted_model, encoder, is_oom)
             if config.teacher_forced:
                 predictions = replace(predictions, teacher_forced=evaluator.decode_teacher_forced())
             if "choices" in needs:

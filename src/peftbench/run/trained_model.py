@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from peftbench.common.filesystem import as_os_error, write_error
-from peftbench.common.fingerprint import MEASUREMENT_KEYS
+from peftbench.common.fingerprint import INTERVAL_KEYS, MEASUREMENT_KEYS
 from peftbench.common.nested_keys import flatten_keys
 from peftbench.common.units import format_bytes
 from peftbench.distributed.deepspeed import get_full_shape
@@ -145,8 +145,9 @@ def find_unevaluated_model(state: RunState) -> RunRecord | None:
 def _describe_measured_settings(trained: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """Return a note on the settings with which a training was measured, where the recipe has others now."""
     old, new = dict(flatten_keys(trained)), dict(flatten_keys(requested))
-    keys = [key for key in old if key.startswith(MEASUREMENT_KEYS) and old[key] != new.get(key)]
-    return f"the training was measured with {', '.join(f'{key}={json.dumps(old[key])}' for key in keys)}"
+    measured = (*MEASUREMENT_KEYS, *INTERVAL_KEYS)
+    keys = [key for key in old | new if key.startswith(measured) and old.get(key) != new.get(key)]
+    return f"the training was measured with {', '.join(f'{key}={json.dumps(old.get(key))}' for key in keys)}"
 
 
 def find_model_to_evaluate(state: RunState) -> RunRecord:

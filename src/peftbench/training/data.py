@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from peftbench.tasks.base import Task
 
 
+INTERVAL_SPLIT = "validation"
+"""The split that is evaluated during training: weights selected by the test split would not be tested on it."""
+
+
 @dataclass(frozen=True)
 class EncodedSplit:
     """One split, subsampled and encoded."""
@@ -37,18 +43,45 @@ def check_splits(recipe: Recipe, *, evaluate_only: bool = False) -> None:
     """Check the files and columns that the run will read, before anything waits for the network.
 
     Raises:
-        DataError: a file, a column or a first example is not usable.
+        DataError: a file, a column or a first example is not usable, or the split of ``evaluate.interval`` is missing.
     """
     method = recipe.method
     reads_training = method.is_trainable or method.reads_training_split or method.num_shots
     needs_training = reads_training and not evaluate_only
     for split in dict.fromkeys([recipe.evaluate.split, *(["train"] if needs_training else [])]):
         recipe.data.source.check(split, select_columns(recipe))
+    if needs_training and recipe.evaluate.interval is not None:
+        with explain_interval_split():
+            recipe.data.source.check(INTERVAL_SPLIT, select_columns(recipe))
 
 
 def select_columns(recipe: Recipe) -> Columns:
     """Return the columns that the recipe's task reads from its source."""
     return recipe.task.select_columns(recipe.data.source.id_column)
+
+
+@contextmanager
+def explain_interval_split() -> Iterator[None]:
+    """Add why a validation split is needed to the error that there is none.
+
+    Raises:
+        EmptySplitError: the code in the context raised it.
+    """
+    try:
+        yield
+    except EmptySplitError as error:
+        raise EmptySplitError(
+            f"evaluate.interval evaluates the validation split, since the test split must not select weights: {error}",
+            "or set evaluate.interval=null",
+        ) from error
+
+
+def fingerprint_training_data(recipe: Recipe) -> str:
+    """Return the identity of the data that determine the saved weights: the training split, and what selects them."""
+    source = recipe.data.source
+    if not recipe.selects_by_held_out_loss:
+        return source.fingerprint("train")
+    return f"{source.fingerprint('train')}+{source.fingerprint(INTERVAL_SPLIT)}"
 
 
 def load_split(recipe: Recipe, split: str) -> Dataset:

@@ -54,6 +54,28 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("evaluate.split=train", OutOfRangeError, "evaluate.split='train' is not an allowed value; allowed: validation"),
     ("trackers=[tensorbord]", OutOfRangeError, "trackers.0='tensorbord' is not an allowed value; did you mean"),
     ("profile.price_per_hour=0", OutOfRangeError, "profile.price_per_hour=0 must be greater than 0"),
+    ("evaluate.interval=0", OutOfRangeError, "evaluate.interval=0: must be a number of steps, e.g. 50, a part of an"),
+    ("evaluate.interval=0.0ep", OutOfRangeError, "evaluate.interval='0.0ep': must be a number of steps"),
+    ("evaluate.interval=1.5", OutOfRangeError, "evaluate.interval=1.5: must be a number of steps"),
+    ("evaluate.interval=true", OutOfRangeError, "evaluate.interval=true: must be a number of steps"),
+    ("evaluate.interval=often", OutOfRangeError, "evaluate.interval='often': must be a number of steps"),
+    (
+        "evaluate.interval_metrics=true",
+        OutOfRangeError,
+        "interval_metrics=true needs evaluate.interval and evaluate.gen",
+    ),
+    ("evaluate.general_text=a.md", OutOfRangeError, "evaluate.general_text='a.md': must be \"shipped\", the path of a"),
+    (
+        "checkpoint.keep_best=true",
+        OutOfRangeError,
+        "keep_best=true needs the held-out loss during training; set evaluate.",
+    ),
+    (
+        "early_stopping.patience=2",
+        OutOfRangeError,
+        "early_stopping.patience needs the held-out loss during training; set",
+    ),
+    ("early_stopping.min_delta=1.0", OutOfRangeError, "min_delta needs early_stopping.patience; set both or neither"),
     ("name=../elsewhere", OutOfRangeError, "name='../elsewhere': must start with a letter or digit"),
     (
         "task={kind: summarization, separator: 'TL;DR: '}",

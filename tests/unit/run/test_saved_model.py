@@ -33,6 +33,7 @@ from tests.helpers.summaries import load_summaries
 from tests.helpers.training import reset_accelerators
 from tests.helpers.workshop import Workshop
 
+QUICK: dict[str, Any] = {"generate": False, "max_new_tokens": 8, "bootstrap_resamples": 100}
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has")
 
 
@@ -269,11 +270,13 @@ def test_damaged_outputs_are_refused(damage: str, workshop: Workshop) -> None:
     ("changes", "trains"),
     [
         ({"evaluate": Evaluate(metrics=(), max_new_tokens=4, bootstrap_resamples=100)}, False),
+        ({"evaluate": Evaluate(**QUICK, general_text="shipped")}, False),
+        ({"evaluate": Evaluate(**QUICK, interval=2)}, True),
         ({"profile": Profile(untimed_steps=1)}, True),
         ({"method": Lora(r=4)}, True),
         ({}, True),
     ],
-    ids=["evaluation", "profile", "method", "unchanged"],
+    ids=["evaluation", "general text", "evaluation during training", "profile", "method", "unchanged"],
 )
 def test_only_a_changed_evaluation_reuses_the_model(changes: dict[str, Any], trains: bool, workshop: Workshop) -> None:
     """A changed measurement is made again, and a complete run that is requested again is repeated."""

@@ -17,6 +17,7 @@ ROW_BEFORE = '    "summarization": Summarization,\n'
 
 
 def test_task_of_the_guide_is_found_by_its_columns(tmp_path: Path) -> None:
+    """A copy of the package with the guide's file and row finds the task and shows its example."""
     file, row = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
     package = tmp_path / "peftbench"
     shutil.copytree(Path(peftbench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))

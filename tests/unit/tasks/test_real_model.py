@@ -68,7 +68,8 @@ def tokenize_plainly(task: str, row: dict[str, Any], tokenizer: PreTrainedTokeni
 
     end = [tokenizer.eos_token_id]
     if task == "chat":
-        whole: list[int] = list(tokenizer.apply_chat_template(row["messages"], tokenize=True)["input_ids"])
+        rendered: Any = tokenizer.apply_chat_template(row["messages"], tokenize=True)
+        whole: list[int] = list(rendered["input_ids"])
         opening = ids("<|im_start|>assistant\n")
         labels, position = [-100] * len(whole), 0
         while position < len(whole):
@@ -82,14 +83,20 @@ def tokenize_plainly(task: str, row: dict[str, Any], tokenizer: PreTrainedTokeni
     if task == "text":
         whole = ids(row["text"]) + end
         return whole, list(whole)
-    prompt, target = {
-        "completion": lambda: (row["prompt"], row["completion"]),
-        "alpaca": lambda: (ALPACA.format(instruction=row["instruction"]), row["output"]),
-        "choices": lambda: (row["prompt"], " " + row["choices"][{0: 0, "B": 1}[row["answer"]]]),
-        "summarization": lambda: (row["article"], " " + row["summary"]),
-    }[task]()
+    prompt, target = split_plainly(task, row)
     given = ids(prompt) + (ids("\nTL;DR:") if task == "summarization" else [])
     return given + ids(target) + end, [-100] * len(given) + ids(target) + end
+
+
+def split_plainly(task: str, row: dict[str, Any]) -> tuple[str, str]:
+    """Return prompt and labeled text of a row, without a summary's separator."""
+    if task == "alpaca":
+        return ALPACA.format(instruction=row["instruction"]), row["output"]
+    if task == "choices":
+        return row["prompt"], " " + row["choices"][{0: 0, "B": 1}[row["answer"]]]
+    if task == "summarization":
+        return row["article"], " " + row["summary"]
+    return row["prompt"], row["completion"]
 
 
 def build_recipe(task: str, method: str, model_folder: Path, folder: Path) -> Recipe:
@@ -143,6 +150,7 @@ def train_plainly(recipe: Recipe, encoded: list[tuple[list[int], list[int]]]) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ROWS)
 def test_labels_and_prompts_match_the_tokenizer(task: str, model_folder: Path, tmp_path: Path) -> None:
+    """Ids, labels and the prompt of a generation are those that the tokenizer alone gives."""
     assert set(ROWS) == set(TASKS)
     recipe = build_recipe(task, "full", model_folder, tmp_path)
     encoder = build_encoder(recipe, load_model(recipe.model))
@@ -163,6 +171,7 @@ def test_labels_and_prompts_match_the_tokenizer(task: str, model_folder: Path, t
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", ROWS)
 def test_losses_match_a_plain_loop(task: str, method: str, model_folder: Path, tmp_path: Path) -> None:
+    """The losses of a run in float32 are those of a loop that uses transformers' forward pass and no batches."""
     recipe = build_recipe(task, method, model_folder, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     expected = train_plainly(recipe, [tokenize_plainly(task, row, tokenizer) for row in ROWS[task]])

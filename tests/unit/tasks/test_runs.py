@@ -71,7 +71,7 @@ def test_conversations_are_trained_generated_and_compared(workshop: Workshop, tm
     overlap = record.split_overlap
     assert overlap is not None
     assert overlap.texts == 2
-    assert overlap.texts_with_summary == 1
+    assert overlap.texts_with_reference == 1
     assert record.quality is not None
     assert set(record.quality.metrics) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
     outputs = read_outputs(RunDir(workshop.output / "run").path)
@@ -88,7 +88,7 @@ def test_overlap_of_conversations_ignores_their_last_answer(workshop: Workshop, 
     columns = CHAT.select_columns(None)
     train, evaluated = source.load("train", columns), source.load("test", columns)
     overlap = find_overlap(train, evaluated, CHAT, has_ids=False, is_same_file=False)
-    assert (overlap.texts, overlap.texts_with_summary, overlap.ids) == (2, 1, 0)
+    assert (overlap.texts, overlap.texts_with_reference, overlap.ids) == (2, 1, 0)
 
 
 def test_overlap_of_documents_is_that_of_whole_texts(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_overlap_of_documents_is_that_of_whole_texts(tmp_path: Path) -> None:
     columns = Text().select_columns(None)
     train, evaluated = source.load("train", columns), source.load("test", columns)
     overlap = find_overlap(train, evaluated, Text(), has_ids=False, is_same_file=False)
-    assert (overlap.texts, overlap.texts_with_summary) == (0, 1)
+    assert (overlap.texts, overlap.texts_with_reference) == (0, 1)
 
 
 def test_documents_are_trained_on_all_their_tokens(
