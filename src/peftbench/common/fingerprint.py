@@ -1,10 +1,11 @@
-"""Fingerprint of a resolved recipe: which keys are part of it, and at which values they are not."""
+"""Fingerprints of files and of a resolved recipe: which keys are part of it, and at which values they are not."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 ANY_VALUE = object()
@@ -60,3 +61,18 @@ def fingerprint_recipe(recipe: Mapping[str, Any], neutral: Mapping[str, Any] = N
     """Return the hash (16 hexadecimal digits) of every key of ``recipe`` (JSON values) that can change a number."""
     content = json.dumps(drop_neutral_keys(recipe, neutral), sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def hash_file(digest: hashlib.blake2b, path: Path) -> None:
+    """Add the bytes of a file to ``digest``, in blocks.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        hashlib.file_digest(file, lambda: digest)
+
+
+def may_be_equal(first: str | None, second: str | None) -> bool:
+    """Return whether two fingerprints are equal, or one is unknown."""
+    return None in {first, second} or first == second

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from peftbench.common.schema import PathText
 from peftbench.data.base import Source
-from peftbench.data.example_cache import hash_file
+from peftbench.data.example_cache import hash_data_file
 from peftbench.data.hub import Hub
 from peftbench.data.local_files import FORMATS, check_first_example, check_is_file, load_files
 from peftbench.data.readers.rows import Columns
@@ -75,7 +75,7 @@ class Files(Source):
         digest = hashlib.blake2b(digest_size=16)
         for name in (self.train, self.validation, self.test) if split is None else (getattr(self, split),):
             if name is not None and os.path.isfile(name):  # noqa: PTH113 — Path.is_file raises where it may not look
-                hash_file(digest, Path(name))
+                hash_data_file(digest, Path(name))
         return digest.hexdigest()
 
     @property

@@ -45,6 +45,7 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         engine=_build_engine(state),
         parameters=state.adapted_model.parameters if state.adapted_model else None,
         model_fingerprint=state.adapted_model.base.fingerprint if state.adapted_model else None,
+        model_config_fingerprint=state.adapted_model.base.config_fingerprint if state.adapted_model else None,
         data_fingerprint=state.data_fingerprint,
         num_examples=state.num_examples,
         num_dropped_examples=state.num_dropped,

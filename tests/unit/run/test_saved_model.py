@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,19 +260,31 @@ def test_changed_training_data_is_trained_on(split: str, workshop: Workshop, tmp
     assert (second.step_seconds == first.step_seconds) == (split == "test")
 
 
-@pytest.mark.parametrize("method", [Lora(r=2), LastLayer()], ids=["lora", "last_layer"])
-def test_changed_base_model_is_noticed(method: Method, workshop: Workshop, tmp_path: Path) -> None:
-    """An adapter is not evaluated on another base model; a whole model does not need its base."""
+def _change_weights(base: Path) -> None:
     from safetensors.torch import load_file, save_file
 
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+
+
+def _change_config(base: Path) -> None:
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.1}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [_change_weights, _change_config])
+@pytest.mark.parametrize("method", [Lora(r=2), LastLayer()], ids=["lora", "last_layer"])
+def test_changed_base_model_is_noticed(
+    method: Method, change: Callable[[Path], None], workshop: Workshop, tmp_path: Path
+) -> None:
+    """An adapter is not evaluated on another base model; a whole model does not need its base."""
     base = tmp_path / "base"
     base.mkdir()
     for file in workshop.base_folder("gpt2_tied").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     recipe = workshop.recipe(method, save_model=True, model={"path": str(base)})
     first = workshop.run(recipe)
-    weights = load_file(base / "model.safetensors")
-    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    change(base)
     if method.keeps_base_frozen:
         with pytest.raises(ModelError, match="has changed since"):
             evaluate(recipe)
