@@ -21,11 +21,19 @@ from peftbench.errors import (
 )
 from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.attention_implementation import check_attention
-from peftbench.modeling.causal_config import select_causal_config
+from peftbench.modeling.causal_config import is_part_of_multimodal, select_causal_config
 from peftbench.modeling.config_faults import build_config_error, config_faults, describe_fault, find_size_fault
 from peftbench.modeling.dropout import find_remaining_dropout, set_dropout
 from peftbench.modeling.generation import repair_generation_config
-from peftbench.modeling.load_checks import check_all_used, check_finite, check_tokenizer, check_vocabulary, count_tokens
+from peftbench.modeling.load_checks import (
+    check_all_used,
+    check_finite,
+    check_tokenizer,
+    check_vocabulary,
+    count_tokens,
+    repair_tied_config,
+    select_text_weights,
+)
 from peftbench.modeling.model_folder import (
     check_model_folder,
     check_tokenizer_folder,
@@ -154,7 +162,11 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
         fuse_gelu(model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
-    notes = [find_remaining_dropout(model, model_config.dropout), repair_generation_config(model)]
+    notes = [
+        repair_tied_config(model),
+        find_remaining_dropout(model, model_config.dropout),
+        repair_generation_config(model),
+    ]
     return LoadedModel(
         model,
         tokenizer,
@@ -226,8 +238,10 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
             disable_cpu_repacking(model)
         if missing := sorted(report["missing_keys"]):  # transformers only warns and initializes them randomly
             raise ValueError(f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
-        if getattr(config, "base_config_key", "") != "text_config":  # the rest of a multimodal model is not loaded
-            check_all_used(report["unexpected_keys"], resolve_model_path(model_config))
+        unexpected = report["unexpected_keys"]
+        if is_part_of_multimodal(config):  # the other parts are not loaded
+            unexpected = select_text_weights(unexpected, model)
+        check_all_used(unexpected, path)
     except ImportError as error:
         if quantization is not None:
             raise UnsupportedModelError(
