@@ -1,10 +1,11 @@
-"""Fingerprint of a resolved recipe: which keys are part of it, and at which values they are not."""
+"""Fingerprints of files and of a resolved recipe: which keys are part of it, and at which values they are not."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peftbench.common.nested_keys import flatten_keys
@@ -101,3 +102,18 @@ def _with_selection(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if not keys.get("checkpoint.keep_best") and keys.get("early_stopping.patience") is None:
         return dict(recipe)
     return {**recipe, "selection": {key: keys.get(key) for key in SELECTION_KEYS}}
+
+
+def hash_file(digest: hashlib.blake2b, path: Path) -> None:
+    """Add the bytes of a file to ``digest``, in blocks.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        hashlib.file_digest(file, lambda: digest)
+
+
+def may_be_equal(first: str | None, second: str | None) -> bool:
+    """Return whether two fingerprints are equal, or one is unknown."""
+    return None in {first, second} or first == second

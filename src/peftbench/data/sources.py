@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from peftbench.common.schema import PathText
 from peftbench.data.base import Source
 from peftbench.data.docstring_libraries import DocstringLibraries
-from peftbench.data.example_cache import hash_file
+from peftbench.data.example_cache import hash_data_file
 from peftbench.data.hub import Hub
 from peftbench.data.local_files import (
     check_first_example,
@@ -111,7 +111,7 @@ class Files(Source):
                 continue
             with suppress(DataError):  # a split that is not used may be missing
                 for path in self._find_files(name):
-                    hash_file(digest, path)
+                    hash_data_file(digest, path)
         return digest.hexdigest()
 
     @property

@@ -100,6 +100,8 @@ class RunRecord(RecordModel):
     engine: Engine | None = None
     parameters: ParameterCounts | None = None
     model_fingerprint: str | None = None
+    model_config_fingerprint: str | None = None
+    """Hash of a local base model's config.json, without keys that change no number; None if unknown."""
     data_fingerprint: str | None = None
     num_examples: dict[str, int] = Field(default={})
     """Examples used, by split."""

@@ -220,10 +220,11 @@ def _build_metadata(state: RunState, adapted_model: AdaptedModel) -> CheckpointM
         for name, version in get_library_versions(OPTIMIZER_LIBRARIES).items()
         if name not in data_libraries
     }
+    base = adapted_model.base
     return CheckpointMetadata(
         state.requested_recipe.fingerprint_training(),
         state.requested_recipe.fingerprint_measured_training(),
-        str(adapted_model.base.fingerprint),
+        " ".join(filter(None, (base.fingerprint, base.config_fingerprint))),
         str(state.training_data_fingerprint),
         state.engine.name,
         state.accelerator.num_processes,

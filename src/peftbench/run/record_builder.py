@@ -45,6 +45,7 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         engine=_build_engine(state),
         parameters=state.adapted_model.parameters if state.adapted_model else None,
         model_fingerprint=state.adapted_model.base.fingerprint if state.adapted_model else None,
+        model_config_fingerprint=state.adapted_model.base.config_fingerprint if state.adapted_model else None,
         data_fingerprint=state.data_fingerprint,
         num_examples=state.num_examples,
         num_dropped_examples=state.num_dropped,
@@ -112,6 +113,7 @@ def add_evaluation(trained: RunRecord, evaluated: RunRecord) -> RunRecord:
             "split_overlap": evaluated.split_overlap or trained.split_overlap,
             "phase_seconds": _replace_phases(trained.phase_seconds, evaluated.phase_seconds, phases),
             "memory": _replace_phases(trained.memory, evaluated.memory, phases),
+            "memory_by_rank": _replace_phases_by_rank(trained.memory_by_rank, evaluated.memory_by_rank, phases),
             "forgetting": evaluated.forgetting,
             "quality": evaluated.quality,
             "notes": tuple(dict.fromkeys((*notes, *evaluated.notes))),
@@ -129,6 +131,14 @@ def _replace_phases(old: Mapping[str, _T], new: Mapping[str, _T], phases: Collec
     """Return ``old`` with the values that ``new`` has for ``phases``, and no others for them."""
     kept = {name: value for name, value in old.items() if name not in phases}
     return kept | {name: value for name, value in new.items() if name in phases}
+
+
+def _replace_phases_by_rank(
+    old: Sequence[Mapping[str, _T]], new: Sequence[Mapping[str, _T]], phases: Collection[str]
+) -> tuple[dict[str, _T], ...]:
+    """Return ``old`` with the values of ``new`` for ``phases``, and none for them on another number of ranks."""
+    same_ranks = new if len(new) == len(old) else [{}] * len(old)
+    return tuple(_replace_phases(*pair, phases) for pair in zip(old, same_ranks, strict=True))
 
 
 def _select_timed_steps(state: RunState, step_values: Sequence[_T]) -> list[_T]:

@@ -29,6 +29,8 @@ class TrainingIdentity(RecordModel):
     """Hash of those and of the keys that change a measurement of the training."""
     model_fingerprint: str
     """Fingerprint of the base model."""
+    model_config_fingerprint: str | None = None
+    """Fingerprint of its config, as in the record."""
     data_fingerprint: str
     """Fingerprint of the training split."""
 

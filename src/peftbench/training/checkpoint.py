@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from peftbench.common.filesystem import as_os_error, write_error
+from peftbench.common.fingerprint import hash_file
 from peftbench.distributed.collectives import all_gather_objects, broadcast_from_main
 from peftbench.errors import CheckpointError
 from peftbench.record import SCHEMA_VERSION, read_schema_version
@@ -51,6 +52,7 @@ class CheckpointMetadata:
     measurement_fingerprint: str
     """Hash of those and of the keys that change a measurement of the training."""
     model_fingerprint: str
+    """Fingerprint of the base model, and of its config if it is a local folder."""
     data_fingerprint: str
     """Fingerprint of the training split."""
     engine: str
@@ -313,9 +315,9 @@ def _read_format_version(path: Path) -> int | None:
 
 
 def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        new_hash: Callable[[], Any] = lambda: hashlib.blake2b(digest_size=16)  # noqa: E731
-        return hashlib.file_digest(file, new_hash).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    hash_file(digest, path)
+    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,3 +162,65 @@ def test_metric_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert _means(TEXTS, TEXTS)["rouge1"] == 100
     assert list(tmp_path.iterdir()) == []
+
+
+_EVALUATIONS_WITHOUT_LOCKS = """
+import errno
+import fcntl
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+meeting, name, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+from peftbench.evaluation.metrics.rouge import compute_rouge
+
+shared = ["The river rose over the bridge."] * 200
+own = [f"{name} term{index}" for index in range(200)]
+compute_rouge(shared, shared)  # imports the libraries, which create folders
+tempfile.tempdir = os.environ["HF_HOME"]
+
+
+def ignore(*_):
+    return None
+
+
+def fail(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+means = {}
+for kind, lock in {"ignored": ignore, "failing": fail}.items():
+    fcntl.flock = fcntl.lockf = lock
+    (meeting / f"{kind} {name}").touch()
+    deadline = time.monotonic() + 30
+    while not (meeting / f"{kind} {other}").exists():
+        assert time.monotonic() < deadline, f"{other} failed"
+        time.sleep(0.001)
+    scores = [compute_rouge(own if index % 2 else shared, own)["rouge1"] for index in range(6)]
+    means[kind] = [sum(values) / len(values) for values in scores]
+print(json.dumps(means))
+"""
+
+
+def test_two_evaluations_at_once_without_locks(tmp_path: Path, caches: dict[str, str]) -> None:
+    """Each of two processes computes its own scores and leaves no file, where locks are ignored and where they fail."""
+    libraries, meeting = tmp_path / "libraries", tmp_path / "meeting"
+    libraries.mkdir()
+    meeting.mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _EVALUATIONS_WITHOUT_LOCKS, str(meeting), *names],
+            env=caches | {"HF_HOME": str(libraries)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for names in (("a", "b"), ("b", "a"))
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    alternating = [pytest.approx(0), pytest.approx(100)] * 3
+    assert [json.loads(output) for output in outputs] == [{"ignored": alternating, "failing": alternating}] * 2
+    assert list(libraries.rglob("*")) == []

@@ -92,6 +92,7 @@ def full_setup() -> dict[str, Any]:
         ),
         "parameters": ParameterCounts(total=10, trainable=1),
         "model_fingerprint": "blake2b 00",
+        "model_config_fingerprint": "blake2b 11",
         "data_fingerprint": "11",
         "num_examples": {"train": 8},
         "num_dropped_examples": {"train": 1},

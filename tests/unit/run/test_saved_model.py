@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +22,9 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.optim import SGD
 from peftbench.recipe.schema import Evaluate, Profile, Recipe
-from peftbench.record import RunRecord, read_record
+from peftbench.record import Device, Memory, Outcome, RunRecord, read_record
 from peftbench.run.outcome import UNEVALUATED
+from peftbench.run.record_builder import add_evaluation
 from peftbench.run.rescoring import rescore_outputs
 from peftbench.run.runner import Run
 from peftbench.run_dir.results import load_existing_result
@@ -170,6 +173,39 @@ def test_batch_is_halved_until_it_fits(workshop: Workshop, monkeypatch: pytest.M
     assert len(record.quality.per_example.loss) == 8
 
 
+@pytest.mark.parametrize(
+    ("batch_sizes", "notes"),
+    [
+        ([5, 5], []),
+        ([5, 2], ["evaluate.batch_size=5 ran out of memory; it was halved to 2 on rank 1"]),
+        ([2, 5, 1], ["evaluate.batch_size=5 ran out of memory; it was halved to 1 on rank 0, 2"]),
+    ],
+)
+def test_halved_batches_of_all_ranks_are_noted(
+    batch_sizes: list[int], notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note has the smallest batch, also of ranks that write no record."""
+    evaluator = object.__new__(Evaluator)
+    evaluator.accelerator = SimpleNamespace(num_processes=len(batch_sizes))  # type: ignore[assignment]
+    evaluator.config, evaluator.batch_size, evaluator.notes = Evaluate(batch_size=5), batch_sizes[0], []
+    gathered = iter([[(1, "b"), (0, "a")], batch_sizes])
+    monkeypatch.setattr("peftbench.evaluation.evaluator.gather_object", lambda _: next(gathered))
+    assert evaluator._gather_in_order([(0, "a")]) == ["a", "b"]
+    assert evaluator.notes == notes
+
+
+def test_later_evaluation_replaces_memory_by_rank() -> None:
+    """The phases of the evaluation are those of the later process; with other ranks they are not known by rank."""
+    values = {"name": "run", "started_at": "2026-01-01", "recipe": {}, "recipe_fingerprint": "", "library_versions": {}}
+    common = values | {"outcome": Outcome(kind="ok"), "device": Device(type="cpu", name="", num_processes=2)}
+    train, old, new = (Memory(rss_bytes=size) for size in (1, 2, 3))
+    trained = RunRecord(**common, memory_by_rank=({"train": train, "evaluate": old, "generate": old},) * 2)
+    evaluated = RunRecord(**common, memory_by_rank=({"load": new, "evaluate": new},) * 2)
+    on_one = RunRecord(**common, memory_by_rank=({"load": new, "evaluate": new},))
+    assert add_evaluation(trained, evaluated).memory_by_rank == ({"train": train, "evaluate": new},) * 2
+    assert add_evaluation(trained, on_one).memory_by_rank == ({"train": train},) * 2
+
+
 def test_metrics_are_computed_again_from_the_outputs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure of a metric loses no text, and neither model nor data is needed for another attempt."""
     recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None, "saved_samples": 2})
@@ -300,19 +336,31 @@ def test_changed_training_data_is_trained_on(split: str, workshop: Workshop, tmp
     assert (second.step_seconds == first.step_seconds) == (split == "test")
 
 
-@pytest.mark.parametrize("method", [Lora(r=2), LastLayer()], ids=["lora", "last_layer"])
-def test_changed_base_model_is_noticed(method: Method, workshop: Workshop, tmp_path: Path) -> None:
-    """An adapter is not evaluated on another base model; a whole model does not need its base."""
+def _change_weights(base: Path) -> None:
     from safetensors.torch import load_file, save_file
 
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+
+
+def _change_config(base: Path) -> None:
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.1}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [_change_weights, _change_config])
+@pytest.mark.parametrize("method", [Lora(r=2), LastLayer()], ids=["lora", "last_layer"])
+def test_changed_base_model_is_noticed(
+    method: Method, change: Callable[[Path], None], workshop: Workshop, tmp_path: Path
+) -> None:
+    """An adapter is not evaluated on another base model; a whole model does not need its base."""
     base = tmp_path / "base"
     base.mkdir()
     for file in workshop.base_folder("gpt2_tied").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     recipe = workshop.recipe(method, save_model=True, model={"path": str(base)})
     first = workshop.run(recipe)
-    weights = load_file(base / "model.safetensors")
-    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    change(base)
     if method.keeps_base_frozen:
         with pytest.raises(ModelError, match="has changed since"):
             evaluate(recipe)

@@ -33,6 +33,9 @@ _PROTOCOL: dict[str, Callable[[RunRecord], object]] = {
 def list_protocol_differences(records: Sequence[RunRecord]) -> list[str]:
     """Return what the runs, all trained, differ in other than their method; recipe keys come with their values."""
     differences = []
+    config_fingerprints = {record.model_config_fingerprint for record in records} - {None}  # not in older records
+    if len(config_fingerprints) > 1:
+        differences.append("config.json of the base model")
     for name, get_value in _PROTOCOL.items():
         values = list(dict.fromkeys(json.dumps(get_value(record)) for record in records))
         if len(values) > 1:
