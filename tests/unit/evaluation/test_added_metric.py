@@ -11,7 +11,7 @@ import pytest
 from peftbench.evaluation.metrics.base import TextMetric
 from peftbench.evaluation.metrics.registry import METRICS
 from peftbench.evaluation.outputs import Output
-from peftbench.evaluation.scoring import add_scores, hash_examples
+from peftbench.evaluation.scoring import add_scores, fingerprint_examples
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
@@ -51,7 +51,7 @@ def score_run(workshop: Workshop, method: Method, wrong: Sequence[int]) -> RunRe
         for index, count in enumerate(wrong)
     ]
     recipe = workshop.recipe(method, evaluate={"metrics": ("wrong_tokens",)})
-    digest = hash_examples([output.id for output in outputs], [output.reference for output in outputs])
+    digest = fingerprint_examples([output.id for output in outputs], [output.reference for output in outputs])
     quality = Quality(split="test", num_examples=len(wrong), per_example=PerExample(examples_fingerprint=digest))
     scored = add_scores(recipe, quality, outputs)
     trainable = 1000 if method.kind == "full" else 10

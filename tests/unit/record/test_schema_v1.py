@@ -12,7 +12,7 @@ from peftbench.recipe.loader import load_recipe
 from peftbench.recipe.schema import Recipe
 from peftbench.record import SCHEMA_VERSION, RunRecord, read_record
 from peftbench.record.rewrite import rewrite_records
-from peftbench.record.schema_v1 import upgrade_recipe
+from peftbench.record.schema_v1 import upgrade_recipe_v1
 from peftbench.report.diff.compute import diff_suites
 from peftbench.report.tables.table import markdown_table
 from tests.helpers.paths import RECORD_V1
@@ -67,7 +67,7 @@ def test_every_renamed_key_is_upgraded() -> None:
         for name in names:
             section, key = name.split(".")
             old.setdefault(section, {})[key] = name
-        new = upgrade_recipe(old)
+        new = upgrade_recipe_v1(old)
         for name in names:
             section, key = RENAMED_KEYS[name].split(".")
             assert new[section][key] == name
@@ -80,7 +80,7 @@ def test_every_renamed_value_is_upgraded() -> None:
     for name, values in RENAMED_VALUES.items():
         section, key = name.split(".")
         for old, new in values.items():
-            assert upgrade_recipe({section: {"kind": "last_layer", key: old}})[section][key] == new
+            assert upgrade_recipe_v1({section: {"kind": "last_layer", key: old}})[section][key] == new
 
 
 def test_rewriting_is_idempotent(tmp_path: Path) -> None:
