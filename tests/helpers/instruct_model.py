@@ -1,4 +1,4 @@
-"""A real pretrained instruct model with a chat template, if the files beside the checkout can make one."""
+"""A real pretrained instruct model with a chat template, if the files next to the checkout can make one."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from pydantic import Field, field_validator
 
 from peftbench.common.schema import PathText
+from peftbench.data.arithmetic import Arithmetic
 from peftbench.data.base import Source
 from peftbench.data.docstring_libraries import DocstringLibraries
 from peftbench.data.example_cache import hash_data_file
@@ -25,7 +26,6 @@ from peftbench.data.local_files import (
     read_column_names,
 )
 from peftbench.data.synthetic import Synthetic
-from peftbench.data.word_problems import WordProblems
 from peftbench.errors import DataError, EmptySplitError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _list_paths(value: PathTexts | None) -> tuple[str, ...]:
 SOURCES: dict[str, type[Source]] = {
     "docstrings": Docstrings,
     "docstring_libraries": DocstringLibraries,
-    "word_problems": WordProblems,
+    "arithmetic": Arithmetic,
     "files": Files,
     "hub": Hub,
     "synthetic": Synthetic,

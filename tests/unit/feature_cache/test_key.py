@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftbench.feature_cache.key import build_cache_key, hash_backbone, hash_examples
+from peftbench.feature_cache.key import build_cache_key, hash_backbone, hash_encoded_examples
 from peftbench.methods.last_layer import LastLayer
 from peftbench.modeling.loading import load_model
 from peftbench.optim import AdamW
@@ -92,7 +92,7 @@ def test_hash_backbone_covers_every_tensor_except_the_head(fresh_base: Callable[
         assert hash_backbone(base) == original_hash
 
 
-def test_hash_examples_covers_all_tokens_and_counts_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_encoded_examples_covers_all_tokens_and_counts_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that tokens, spans of labels and order change the hash, and the block size does not change the counts.
 
     A row's first token is never predicted, so it is not counted.
@@ -102,7 +102,7 @@ def test_hash_examples_covers_all_tokens_and_counts_labels(monkeypatch: pytest.M
     examples = [*rows(LENGTHS_AND_PROMPTS), {"input_ids": [5, 6, 7], "label_spans": [0, 3]}]
 
     def hash_and_count(rows_to_hash: list[dict[str, Any]]) -> tuple[str, list[int]]:
-        digest, counts = hash_examples(Dataset.from_list(rows_to_hash))
+        digest, counts = hash_encoded_examples(Dataset.from_list(rows_to_hash))
         return digest, counts.tolist()
 
     digest, counts = hash_and_count(examples)

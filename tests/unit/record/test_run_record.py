@@ -99,7 +99,7 @@ def full_setup() -> dict[str, Any]:
         "evaluated_at": "2026-01-02T00:00:00+00:00",
         "num_cut_examples": {"train": 2},
         "num_control_token_examples": {"test": 1},
-        "split_overlap": {"texts": 2, "texts_with_summary": 1, "ids": 3, "same_file": False},
+        "split_overlap": {"texts": 2, "texts_with_reference": 1, "ids": 3, "same_file": False},
         "notes": ("a note",),
     }
 

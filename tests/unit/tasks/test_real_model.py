@@ -38,7 +38,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
                 {"role": "assistant", "content": "Rome, on the Tiber."},
             ]
         },
-        {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "Hi!"}]},
+        {"messages": [{"role": "user", "content": "Greet me"}, {"role": "assistant", "content": "Hi!"}]},
     ],
     "completion": [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": "The sky is", "completion": " blue today."}],
     "alpaca": [{"instruction": "Name a fruit.", "output": "Apple"}, {"instruction": "Count.", "output": "One two"}],

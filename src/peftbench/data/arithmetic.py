@@ -1,4 +1,4 @@
-"""Arithmetic word problems with worked answers: a small reasoning task of our own, made by this module.
+"""Arithmetic problems in sentences, with worked answers: a small reasoning task of our own, made by this module.
 
 The texts are dedicated to the public domain (CC0 1.0).
 """
@@ -23,7 +23,7 @@ _TEMPLATES = (
     ("{n} has {a} {t} and buys {b} more. How many {t} does {n} have now?", "+"),
     ("{n} finds {a} {t} in the morning and {b} {t} in the evening. How many {t} does {n} find in all?", "+"),
     ("There are {a} {t} in a box. {n} puts {b} more into it. How many {t} are in the box?", "+"),
-    ("{n} has {a} {t} and gives away {b}. How many {t} are left?", "-"),
+    ("{n} has {a} {t} and loses {b}. How many {t} are left?", "-"),
     ("A shop has {a} {t} and sells {b} of them to {n}. How many {t} remain in the shop?", "-"),
     ("{n} needs {a} {t} and already has {b}. How many {t} are missing?", "-"),
     ("{n} packs {a} bags with {b} {t} each. How many {t} does {n} pack?", "x"),
@@ -51,10 +51,10 @@ class Problem(NamedTuple):
         return build_row(id, f"{self.text}\nAnswer:", completion, choices, f"{result} {self.thing}")
 
 
-class WordProblems(GeneratedSource):
-    """Arithmetic word problems, with answers like GSM8K's: a calculation, then ``####`` and the number."""
+class Arithmetic(GeneratedSource):
+    """Arithmetic problems in sentences, with answers like GSM8K's: a calculation, then ``####`` and the number."""
 
-    kind: Literal["word_problems"] = "word_problems"
+    kind: Literal["arithmetic"] = "arithmetic"
     """Kind of source."""
     examples: int = Field(default=1000, gt=0)
     """Number of problems in each split. No problem is in two splits."""
@@ -83,7 +83,7 @@ class WordProblems(GeneratedSource):
     def _draw(self, generator: numpy.random.Generator) -> Problem:
         template, operation = _TEMPLATES[int(generator.integers(len(_TEMPLATES)))]
         first, second = sorted(map(int, generator.integers(2, self.largest + 1, size=2)), reverse=True)
-        name, thing = (words[int(generator.integers(len(words)))] for words in (_NAMES, _THINGS))
+        name, thing = (names[int(generator.integers(len(names)))] for names in (_NAMES, _THINGS))
         return Problem(template.format(n=name, t=thing, a=first, b=second), first, second, operation, thing)
 
 
