@@ -44,11 +44,11 @@ def upgrade_recipe_v2(values: _Values) -> _Values:
     return _add_task(recipe)
 
 
-def _add_task(recipe: Values) -> Values:
+def _add_task(recipe: _Values) -> _Values:
     """Return the recipe with the task that every recipe of schema 2 had, and its keys moved there."""
     if not isinstance(recipe.get("data"), dict):
         return recipe
-    task = TASK_OF_SCHEMA_2 | {}
+    task: _Values = {**TASK_OF_SCHEMA_2}
     for old, new in MOVED_KEYS.items():
         *sections, key = old.split(".")
         section: Any = recipe
