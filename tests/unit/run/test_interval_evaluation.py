@@ -379,7 +379,7 @@ def test_out_of_memory_names_the_evaluation(workshop: Workshop, monkeypatch: pyt
 
 
 def test_loss_that_is_not_finite_is_recorded(workshop: Workshop, fake_losses: Callable[[list[float]], None]) -> None:
-    """It ends no training and is no best step, and the record can be read again."""
+    """The training continues, another step is the best one, and the record can be read again."""
     fake_losses([float("nan"), 2.0, float("inf"), 3.0])
     record = workshop.run(keep_best_recipe(workshop))
     assert record.outcome.kind == "ok"
