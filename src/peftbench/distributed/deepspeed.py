@@ -270,6 +270,13 @@ def get_param_groups(optimizer: Any) -> list[dict[str, Any]]:
     return groups
 
 
+def release_prefetched_weights(engine: nn.Module) -> None:
+    """Free the full parameters that ZeRO-3 has prefetched for a next module; do nothing on other engines."""
+    release = getattr(getattr(engine, "optimizer", None), "empty_partition_cache", None)
+    if release is not None:
+        release()
+
+
 def gather_full_parameter(parameter: nn.Parameter) -> torch.Tensor:
     """Gather a full parameter from all processes to the CPU: the float32 copy if it is trained. A collective."""
     from deepspeed import zero

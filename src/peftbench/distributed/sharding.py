@@ -48,7 +48,7 @@ def full_weights(engine: EngineKind, model: nn.Module, *, on_this_rank: bool) ->
     if not (engine.is_deepspeed or engine.is_fsdp):
         yield
         return
-    reshard(model)
+    _reshard(model)
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -83,8 +83,17 @@ def _remove_forward_hooks(model: nn.Module) -> list[tuple[dict[int, object], dic
     return removed  # type: ignore[return-value]
 
 
-def reshard(model: nn.Module) -> None:
-    """Free the full parameters that fully_shard still holds after a forward pass; other engines hold none."""
+def release_gathered_weights(prepared_model: nn.Module) -> None:
+    """Free the full parameters that an engine still holds after forward passes without a backward pass. Collective.
+
+    fully_shard keeps those of the outermost module, and ZeRO-3 those that it has prefetched. Other engines hold none.
+    """
+    _reshard(prepared_model)
+    deepspeed.release_prefetched_weights(prepared_model)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Free the full parameters that fully_shard still holds after the last forward pass."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -112,7 +121,7 @@ def state_bytes(
     """
     if engine.offloads_to_nvme:
         return None
-    reshard(model)
+    _reshard(model)
     master_weights = deepspeed.master_weights(optimizer)
     innermost = deepspeed.unwrap_optimizer(optimizer)
     states = [

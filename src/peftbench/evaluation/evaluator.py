@@ -102,7 +102,7 @@ class Evaluator:
         results: list[tuple[int, _T]] = []
         start = 0
         is_hidden = None if self.accelerator.is_main_process else True
-        with tqdm(total=longest, desc=description, unit="ex", disable=is_hidden) as bar:
+        with tqdm(total=longest, desc=description, unit="ex", disable=is_hidden, leave=None) as bar:
             while start < longest:
                 indices = mine[start : start + self.batch_size]
                 values = self._compute_or_halve([self.dataset[index] for index in indices or order[:1]], compute)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from peftbench.distributed.sharding import reshard
+from peftbench.distributed.sharding import release_gathered_weights
 from peftbench.evaluation.general_text import encode_windows, read_general_text
 from peftbench.methods.baselines import ZeroShot
 from peftbench.record import Forgetting
@@ -42,7 +42,7 @@ def measure_loss_before(state: RunState, adapted_model: AdaptedModel, encoder: E
         recipe = state.recipe.model_copy(update={"method": ZeroShot()})
     with state.probe.phase("evaluate"), preserve_rng_state():
         forgetting = _measure(state, recipe, untrained, encoder, is_oom)
-        reshard(adapted_model.model)
+        release_gathered_weights(state.training.model if state.training is not None else adapted_model.model)
     state.forgetting = forgetting.model_copy(update={"loss_before": forgetting.loss_after, "loss_after": None})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from peftbench.distributed.sharding import reshard
+from peftbench.distributed.sharding import release_gathered_weights
 from peftbench.record import HeldOutCurve, HeldOutPoint
 from peftbench.run.evaluators import compute_metric_means
 from peftbench.training.data import INTERVAL_SPLIT
@@ -41,12 +41,13 @@ class IntervalEvaluation:
         """
         if info.step % self.interval_steps and info.step != info.total_steps:
             return
-        state = self.state
+        state, training = self.state, self.state.training
+        assert training is not None
         with state.probe.excluded("evaluate") as section, preserve_rng_state():
             held_out = self.evaluator.compute_held_out_loss()
             has_metrics = state.recipe.evaluate.interval_metrics
             metrics = compute_metric_means(self.evaluator, state.recipe, held_out) if has_metrics else {}
-            reshard(self.evaluator.model)
+            release_gathered_weights(training.model)
             state.recipe.method.set_training(self.evaluator.model)
         state.notes += [note for note in self.evaluator.notes if note not in state.notes]
         curve = state.held_out_curve or HeldOutCurve(split=INTERVAL_SPLIT, num_examples=len(self.evaluator.dataset))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from peftbench.errors import OutOfRangeError
 from peftbench.tasks.base import Task
@@ -11,6 +11,8 @@ from peftbench.tasks.base import Task
 
 class Auto(Task):
     """The first task whose columns the training split has. A run resolves it before it starts; see the record."""
+
+    is_resolved: ClassVar[bool] = False
 
     kind: Literal["auto"] = "auto"
     """Kind of task."""

@@ -26,6 +26,8 @@ class Task(ConfigSection):
     """Score by which runs are compared; None: held-out loss."""
     evaluation: ClassVar[Literal["generate", "choices", "loss"]] = "generate"
     """Evaluation in addition to held-out loss: generated text, choices by log-likelihood, or nothing."""
+    is_resolved: ClassVar[bool] = True
+    """False for ``auto``, whose metrics are not known before the columns are."""
     labels_whole_row: ClassVar[bool] = False
     """True if every token of a row is labeled."""
 

@@ -16,6 +16,7 @@ from peftbench.errors import RecordError
 from peftbench.record import (
     Compute,
     Flops,
+    Forgetting,
     Interval,
     Memory,
     Outcome,
@@ -28,6 +29,7 @@ from peftbench.record import (
     Throughput,
     TokensPerSecond,
 )
+from peftbench.report.analysis.comparability import list_protocol_differences
 from peftbench.report.runs import sort_records
 from peftbench.report.tables.columns import build_columns
 from peftbench.report.tables.table import (
@@ -379,3 +381,43 @@ def test_scores_with_the_same_title_have_their_own_columns() -> None:
     assert "recall (a:recall)" in table
     assert "recall (b:recall)" in table
     assert table.count("1.50 (1.00–2.00)") == 2
+
+
+def forgetting(before: float | None, after: float | None) -> Forgetting:
+    """Return losses on a general text."""
+    return Forgetting(
+        text="shipped",
+        text_fingerprint="f",
+        window_tokens=256,
+        num_tokens=100,
+        loss_before=before,
+        loss_after=after,
+    )
+
+
+def test_forgetting_is_the_increase_of_the_loss() -> None:
+    """It has a sign and a column if it is known for a run; both losses are in the CSV file."""
+    records = [
+        build_record("worse", "full", 1, forgetting=forgetting(3.0, 3.25)),
+        build_record("better", "lora", 1, forgetting=forgetting(3.0, 2.9)),
+        build_record("half", "lora", 1, forgetting=forgetting(None, 2.9)),
+        build_record("none", "lora", 1),
+    ]
+    (column,) = (column for column in build_columns(records) if column.title == "forgetting (nats)")
+    assert [column.format_text(record) for record in records] == ["+0.250", "-0.100", "–", "–"]
+    assert "forgetting (nats)" in markdown_table(records)
+    assert "forgetting (nats)" not in markdown_table(records[2:])
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(csv_table(records)))}
+    assert (rows["worse"]["general_text_loss_before"], rows["worse"]["general_text_loss_after"]) == ("3.0", "3.25")
+    assert float(rows["better"]["forgetting"]) == pytest.approx(-0.1)
+
+
+def test_examples_of_the_curve_are_no_difference() -> None:
+    """A run that evaluates the validation split during training too is comparable; another number of steps is noted."""
+    plain = build_record("plain", "full", 1, num_examples={"train": 8, "test": 3})
+    evaluated = build_record("evaluated", "lora", 1, num_examples={"train": 8, "test": 3, "validation": 4})
+    fewer = build_record("fewer", "lora", 1, num_examples={"train": 7, "test": 3})
+    shorter = build_record("shorter", "lora", 1, num_examples={"train": 8, "test": 3}, steps=4)
+    assert list_protocol_differences([plain, evaluated]) == []
+    assert list_protocol_differences([plain, fewer]) == ["number of examples"]
+    assert list_protocol_differences([plain, shorter]) == ["steps"]

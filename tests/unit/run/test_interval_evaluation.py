@@ -375,3 +375,14 @@ def test_out_of_memory_names_the_evaluation(workshop: Workshop, monkeypatch: pyt
     monkeypatch.setattr(Evaluator, "_compute_losses", fail)
     outcome = workshop.run(workshop.recipe(Lora(r=2), evaluate={"interval": 2})).outcome
     assert (outcome.kind, outcome.phase, outcome.step) == ("oom", "evaluate", None)
+
+
+def test_loss_that_is_not_finite_is_recorded(workshop: Workshop, fake_losses: Callable[[list[float]], None]) -> None:
+    """The training continues, another step is the best one, and the record can be read again."""
+    fake_losses([float("nan"), 2.0, float("inf"), 3.0])
+    record = workshop.run(keep_best_recipe(workshop))
+    assert record.outcome.kind == "ok"
+    read = read_record(workshop.output / "run" / "record.json")
+    assert [str(loss) for _, loss in read_curve(read)] == ["nan", "2.0", "inf", "3.0"]
+    assert read.held_out_curve is not None
+    assert read.held_out_curve.kept_step == 2

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from peftbench.record import HeldOutCurve, HeldOutPoint
 from peftbench.run.progress_bar import ProgressBar, format_metrics, shorten_name
 from peftbench.training.callbacks import StepInfo
 
@@ -90,6 +91,22 @@ def test_format_metrics_with_and_without_budget() -> None:
     assert format_metrics(2.3144, 18_203.9, 96 * MIB, 112 * MIB) == "loss 2.314, 18,204 tokens/s, 96 of 112 MiB"
     assert format_metrics(12.5, 0.4, 96 * MIB, None) == "loss 12.500, 0 tokens/s, 96 MiB"
     assert format_metrics(1, 2, None, 112 * MIB) == "loss 1.000, 2 tokens/s, memory unknown"
+
+
+def test_evaluation_is_shown_and_is_in_no_rate(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an evaluation of a minute the bar shows its loss and the tokens per second of the steps."""
+    monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
+    point = HeldOutPoint(step=1, loss=2.5, seconds=60)
+    with ProgressBar("a", 0, 20, read_memory_bytes=lambda: None, budget_bytes=None, enabled=True) as bar:
+        for step in (1, 2):
+            clock[0] += 2
+            bar.after_step(info(step, loss=3, real_tokens=1_000))
+            if step == 1:
+                clock[0] += point.seconds
+                bar.after_evaluation(HeldOutCurve(split="validation", num_examples=1, points=(point,)))
+    first, *_, last = [text for text in stream.getvalue().split("\r") if "tokens/s" in text]
+    assert "loss 3.000, 500 tokens/s" in first
+    assert "loss 3.000, held-out 2.500, 500 tokens/s" in last
 
 
 def test_long_names_keep_their_end() -> None:

@@ -78,7 +78,7 @@ def test_saved_model_is_evaluated_to_the_same_quality(
     assert record.quality.loss == pytest.approx(trained.quality.loss, rel=1e-6)
     assert record.quality.metrics == trained.quality.metrics
     assert (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8") == outputs
-    changed = {"quality", "phase_seconds", "memory", "evaluated_at"}
+    changed = {"quality", "phase_seconds", "memory", "memory_by_rank", "evaluated_at"}
     assert trained.evaluated_at is None
     assert record.evaluated_at is not None
     assert record.model_dump(exclude=changed) == trained.model_dump(exclude=changed)

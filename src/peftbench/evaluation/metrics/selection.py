@@ -43,7 +43,9 @@ def build_metrics(names: Sequence[str], source: str) -> list[Metric]:
 
 
 def generates_text(recipe: Recipe) -> bool:
-    """True if a metric of the recipe needs generated text."""
+    """True if a metric of the recipe needs generated text, or might need it because the task is not resolved."""
+    if _has_unknown_metrics(recipe):
+        return True
     return any(metric.needs == "generated" for metric in select_metrics(recipe))
 
 
@@ -70,6 +72,8 @@ def check_metrics(recipe: Recipe) -> None:
     metrics = select_metrics(recipe)
     for metric in metrics:
         metric.check()
+    if _has_unknown_metrics(recipe):
+        return  # a run checks them once it has resolved the task
     headline = recipe.evaluate.headline_metric
     if headline is not None and not any(metric.may_have_score(headline) for metric in metrics):
         names = [name for metric in metrics for name in metric.scores]
@@ -80,3 +84,7 @@ def check_metrics(recipe: Recipe) -> None:
             "evaluate.teacher_forced=true needs a metric that scores text",
             "add one to evaluate.metrics, or set evaluate.teacher_forced=false",
         )
+
+
+def _has_unknown_metrics(recipe: Recipe) -> bool:
+    return recipe.evaluate.metrics is None and not recipe.task.is_resolved
