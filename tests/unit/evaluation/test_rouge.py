@@ -176,8 +176,9 @@ from pathlib import Path
 
 meeting, name, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
-from peftbench.evaluation.metrics.rouge import compute_rouge
+from peftbench.evaluation.metrics.rouge import Rouge
 
+compute_rouge = Rouge().score_texts
 shared = ["The river rose over the bridge."] * 200
 own = [f"{name} term{index}" for index in range(200)]
 compute_rouge(shared, shared)  # imports the libraries, which create folders

@@ -21,6 +21,7 @@ from peftbench.evaluation.metrics.selection import (
 from peftbench.evaluation.metrics.user_function import UserFunction
 from peftbench.methods.full import Full
 from peftbench.recipe.schema import Recipe
+from peftbench.tasks.auto import Auto
 from tests.helpers.recipe_files import REQUIRED_KEYS
 
 MODULE = """
@@ -66,7 +67,8 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 
 def build_recipe(**evaluate: Any) -> Recipe:
     """Return a recipe with these keys of ``evaluate``."""
-    return Recipe.model_validate(REQUIRED_KEYS | {"method": Full().model_dump(), "evaluate": evaluate})
+    sections = {"method": Full().model_dump(), "task": {"kind": "summarization"}, "evaluate": evaluate}
+    return Recipe.model_validate(REQUIRED_KEYS | sections)
 
 
 def test_null_selects_the_metrics_of_the_task() -> None:
@@ -78,6 +80,13 @@ def test_null_selects_the_metrics_of_the_task() -> None:
     assert select_headline_metric(build_recipe(headline_metric="chrf"), ["bleu", "chrf"]) == "chrf"
     assert select_headline_metric(build_recipe(headline_metric="chrf"), ["rougeL"]) is None
     assert select_headline_metric(build_recipe(), []) is None
+
+
+def test_metrics_of_an_unresolved_task_are_not_refused() -> None:
+    """Before its columns are known, its metrics are not, so that the headline metric cannot be checked."""
+    recipe = build_recipe(headline_metric="rougeL").model_copy(update={"task": Auto()})
+    check_metrics(recipe)
+    assert generates_text(recipe)
 
 
 def test_only_metrics_of_text_generate() -> None:

@@ -98,7 +98,11 @@ def full_setup() -> dict[str, Any]:
         "num_dropped_examples": {"train": 1},
         "evaluated_at": "2026-01-02T00:00:00+00:00",
         "num_cut_examples": {"train": 2},
+        "num_cut_labels": {"train": 5},
         "num_control_token_examples": {"test": 1},
+        "stopped_early": True,
+        "held_out_curve": {"split": "validation", "num_examples": 4, "points": ()},
+        "forgetting": {"text": "shipped", "text_fingerprint": "f", "window_tokens": 256, "num_tokens": 9},
         "split_overlap": {"texts": 2, "texts_with_reference": 1, "ids": 3, "same_file": False},
         "notes": ("a note",),
     }
