@@ -8,6 +8,7 @@ import typer
 
 from peftbench.cli.data import data
 from peftbench.cli.evaluate import evaluate
+from peftbench.cli.export import export
 from peftbench.cli.memory import estimate, fit
 from peftbench.cli.renamed import CommandGroup
 from peftbench.cli.report import compare, report
@@ -43,7 +44,7 @@ def _read_global_options(
     """Accept options without a command."""
 
 
-for _command in (run, train, evaluate, submit, status, estimate, fit, report, compare, show, data):
+for _command in (run, train, evaluate, export, submit, status, estimate, fit, report, compare, show, data):
     app.command(help=TRAIN_HELP if _command is train else None)(_command)
 
 

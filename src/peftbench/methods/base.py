@@ -30,6 +30,9 @@ class Method(ConfigSection):
     supports_quantized_base: ClassVar[bool] = False
     """True if the base model may be quantized (``model.quantization``), which needs ``keeps_base_frozen``."""
 
+    merges_into_base: ClassVar[bool] = False
+    """True if the saved adapter can be merged into the base model's weights; False also for a saved whole model."""
+
     kind: str
     """Kind of method."""
 

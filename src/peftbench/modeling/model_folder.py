@@ -10,6 +10,7 @@ from typing import Any
 
 from peftbench.common.units import format_bytes
 from peftbench.errors import ModelNotFoundError
+from peftbench.record import RECORD_FILE
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -132,6 +133,8 @@ def _build_adapter_error(folder: Path, key: str) -> ModelNotFoundError:
     except (OSError, ValueError, AttributeError):
         base = None
     hint = f"set {key}={base}, the adapter's base model" if base else f"set {key} to the adapter's base model"
+    if (folder.parent / RECORD_FILE).is_file():
+        hint += f", or {key}={folder.parent}, the run, to start from both merged"
     return ModelNotFoundError(
         f"the folder {folder} has an adapter ({ADAPTER_CONFIG_FILE}), and peftbench starts from base models", hint
     )

@@ -75,6 +75,14 @@ class Task(ConfigSection):
         """
         return PlainRenderer(self, tokenizer)
 
+    def find_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Return the chat template that the recipe names, None if it names none or the task has no chats.
+
+        Raises:
+            PeftbenchError: it cannot be read.
+        """
+        return None
+
     def build_segments(self, example: Example) -> Sequence[Segment]:
         """Return the segments of an example, without the tokenizer's start token and without an end token."""
         raise NotImplementedError

@@ -55,6 +55,9 @@ class Chat(Task):
     def build_renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         return ChatRenderer(tokenizer, read_template(self.chat_template, tokenizer), self.labels)
 
+    def find_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        return None if self.chat_template is None else read_template(self.chat_template, tokenizer)
+
     def get_prompt(self, example: Example) -> str:
         messages = json.loads(example["messages"])
         return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages[:-1])
