@@ -72,7 +72,7 @@ def _get_path(record: RunRecord) -> str:
 
 def _is_hub_name(path: str) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(path)

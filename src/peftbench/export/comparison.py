@@ -125,7 +125,7 @@ def compute_logits(model: nn.Module, texts: ComparisonTexts) -> list[torch.Tenso
 
 
 def relative_error(logits: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
-    """Return the norm of the difference over the norm of ``reference``, over all texts; infinite if it is not finite."""
+    """Return the norm of the difference over the norm of ``reference``; infinite if a value is not finite."""
     import torch
 
     difference = sum(float((one - other).double().square().sum()) for one, other in zip(logits, reference, strict=True))
@@ -157,7 +157,7 @@ def check_written(comparison: LogitComparison) -> None:
     if comparison.error <= comparison.tolerance:
         return
     raise MergeError(
-        f"the logits of the model in {comparison.dtype} differ from the trained model's by {comparison.error:.1e}, more "
-        f"than the tolerance {comparison.tolerance:.0e}",
+        f"the logits of the model in {comparison.dtype} differ from the trained model's by {comparison.error:.1e}, "
+        f"more than the tolerance {comparison.tolerance:.0e}",
         "use --dtype fp32" if comparison.dtype != "fp32" else "report this as a bug",
     )

@@ -64,7 +64,7 @@ def resolve_dtype(run: RunBase, model_config: Model) -> Precision:
             raise
         return "fp32"  # a saved whole model is complete without its base
     named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    names = {value: name for name, value in TORCH_DTYPES.items()}
+    names: dict[object, str] = {value: name for name, value in TORCH_DTYPES.items()}
     stored = names.get(named) or _read_stored_dtype(Path(resolve_model_path(model_config)))
     return stored or "fp32"  # type: ignore[return-value]
 

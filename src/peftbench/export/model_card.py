@@ -110,17 +110,17 @@ def _describe_training(exported: ExportedModel) -> str:
     method = record.recipe["method"]
     origin = f"`{base.title}`" + (f" on the Hub ({record.model_fingerprint})" if base.hub_name else "")
     runs = f", after the runs {', '.join(reversed(base.runs))}" if base.runs else ""
-    what = "An adapter for" if exported.is_adapter else "A model trained from"
-    sentence = f"{what} {origin}{runs}, trained with the method `{method['kind']}` of {_PROJECT}."
+    form = "the adapter" if exported.is_adapter else "the whole model"
+    sentence = f"{origin}{runs}, trained with the method `{method['kind']}` of {_PROJECT}. This is {form}."
     options = ", ".join(f"{key}={value}" for key, value in method.items() if key != "kind")
-    details = [f"Options of the method: {options}."] if options else []
+    details = [f"options of the method: {options}"] if options else []
     if record.parameters is not None:
         share = record.parameters.trainable / record.parameters.total
-        details.append(f"Trained parameters: {record.parameters.trainable:,} ({share:.2%} of the model).")
-    details.append(f"Steps: {record.steps:,}, {record.recipe['train']['global_batch_size']} examples each.")
+        details.append(f"trained parameters: {record.parameters.trainable:,} ({share:.2%} of the model)")
+    details.append(f"steps: {record.steps:,}, {record.recipe['train']['global_batch_size']} examples each")
     if exported.comparison is not None:
-        details.append(f"Check of the written weights: {exported.comparison.describe()}.")
-    return "\n".join([sentence, *details])
+        details.append(f"check of the written weights: {exported.comparison.describe()}")
+    return f"{sentence}\n\n{_list(iter(details))}"
 
 
 def _iter_data(record: RunRecord) -> Iterator[str]:
@@ -148,9 +148,12 @@ def _describe_quality(record: RunRecord) -> str:
     quality = record.quality
     if quality is None:
         return "The model was not evaluated."
+    overlap = record.split_overlap
+    is_separate = overlap is not None and not overlap.texts and not overlap.ids
     lines = [
-        f"On {quality.num_examples:,} examples of the {quality.split} split, which the training did not use; intervals "
-        "are 95 % bootstrap intervals over examples.",
+        f"On {quality.num_examples:,} examples of the {quality.split} split"
+        + (", none of which the training used" if is_separate else "")
+        + ". Intervals are 95 % bootstrap intervals over examples.",
         "",
         "| metric | value | interval |",
         "| --- | --- | --- |",
@@ -175,7 +178,9 @@ def _iter_costs(record: RunRecord) -> Iterator[str]:
     if (peak := train_peak_bytes(record)) is not None:
         yield f"peak memory of the training: {format_bytes(peak)}"
     if record.train_seconds is not None:
-        yield f"time of the training, without its first {record.untimed_steps} steps: {format_duration(record.train_seconds)}"
+        duration = format_duration(record.train_seconds)
+        omitted = f", without its first {record.untimed_steps} steps" if record.untimed_steps else ""
+        yield f"time of the training{omitted}: {duration}"
     if record.throughput is not None:
         yield f"speed: {record.throughput.tokens_per_second.real:,.0f} tokens per second"
     if record.energy_joules is not None:
@@ -189,15 +194,15 @@ def _describe_reproduction(record: RunRecord) -> str:
     commands += ["pip install -c constraints.txt -e .", *build_launch_commands(record, [EXPORTED_RECIPE_FILE])]
     listed = "\n".join(commands)
     return (
-        f"`{EXPORTED_RECIPE_FILE}` is the complete recipe. It names local files without their folders. In a checkout of "
-        f"{_PROJECT}, with the recipe and those files:\n\n```sh\n{listed}\n```"
+        f"`{EXPORTED_RECIPE_FILE}` is the complete recipe. It names local files without their folders. In a checkout "
+        f"of {_PROJECT}, with the recipe and those files:\n\n```sh\n{listed}\n```"
     )
 
 
 def _iter_limits(exported: ExportedModel) -> Iterator[str]:
     record = exported.record
     if exported.base.license is None:
-        yield "The license of the base model is not known to the tool that made this card; it applies to this model too."
+        yield "The license of the base model applies. It was not known when this card was written."
     yield "The quality above holds for this data set only. The model was not tested for safety, bias or other uses."
     yield "The limits of the base model apply."
     if exported.comparison is not None and exported.comparison.warning is not None:

@@ -1,6 +1,6 @@
 """Upload an exported folder to the Hugging Face Hub.
 
-The token is the one that huggingface_hub finds: ``HF_TOKEN``, or the login of ``hf auth login``. It is part of no message.
+The token is the one that huggingface_hub finds: ``HF_TOKEN``, or the login of ``hf auth login``. No message has it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_repository_name(repository: str) -> None:
         OutOfRangeError: it is not.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repository)
@@ -103,17 +103,15 @@ def _translate_errors(repository: str, folder: Path) -> Iterator[None]:
         UploadError: the Hub refused the upload.
         HubUnreachableError: it does not answer.
     """
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HTTPError,  # type: ignore[attr-defined] # of httpx, whose name differs between versions
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # of httpx, whose name differs between versions
 
     try:
         yield
     except HfHubHTTPError as error:
         _raise_refusal(error, repository, folder)
-    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (http_error, OfflineModeIsEnabled, OSError) as error:
         raise HubUnreachableError(
             f"the Hub did not answer while {repository} was uploaded", _suggest_retry(repository, folder)
         ) from error

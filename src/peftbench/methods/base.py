@@ -6,6 +6,7 @@ its class; no code outside this folder tests which method it has.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -105,7 +106,10 @@ class Method(ConfigSection):
 
     def save(self, model: nn.Module, save_directory: Path) -> None:
         """Save the trained parameters as safetensors in ``save_directory``, in the format of peft or transformers."""
-        model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
+        with warnings.catch_warnings():
+            # peft looks for a resized vocabulary in a base model's config.json, which the folder of a run lacks.
+            warnings.filterwarnings("ignore", message="Could not find a config file in")
+            model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
 
     def load(self, model: nn.Module, save_directory: Path) -> None:
         """Load into the applied model what :meth:`save` wrote, if the method keeps the base model frozen.

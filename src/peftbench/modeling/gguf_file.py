@@ -44,7 +44,7 @@ def check_gguf_file(model_config: Model, path: str) -> None:
         ModelError: the package gguf is missing.
         OutOfRangeError: ``model.quantization`` or ``model.revision`` is set.
     """
-    from transformers.utils import is_gguf_available
+    from transformers.utils.import_utils import is_gguf_available
 
     try:
         if fault := find_pointer_fault(Path(path)):

@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from peftbench.common.dtypes import TORCH_DTYPES
 from peftbench.errors import DiskFullError, MergeError, ModelError
-from peftbench.export import merge
 from peftbench.export.comparison import TOLERANCES
 from peftbench.export.folder import ExportRequest, export_model
 
@@ -77,7 +77,7 @@ def test_merged_model_is_written_and_checked_in_the_type_asked_for(
     """The written weights have that type, and the error of the check is that of rounding: neither zero nor large."""
     exported = export_model(ExportRequest(finished_run("lora"), tmp_path / "merged", merge=True, dtype=dtype))
     written = AutoModelForCausalLM.from_pretrained(exported.folder, dtype="auto")
-    assert {parameter.dtype for parameter in written.parameters()} == {merge.TORCH_DTYPES[dtype]}
+    assert {parameter.dtype for parameter in written.parameters()} == {TORCH_DTYPES[dtype]}
     assert exported.comparison is not None
     assert 1e-5 < exported.comparison.error < TOLERANCES[dtype] / 2
 
@@ -176,7 +176,7 @@ def test_disk_without_room_is_refused_before_writing(
     finished_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error names both sizes."""
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 2048))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 2048))
     for is_merged in (True, False):
         with pytest.raises(DiskFullError, match=r"needs .* [KM]iB, but the disk of .* has 2 KiB left"):
             export_model(ExportRequest(finished_run("lora"), tmp_path / "merged", merge=is_merged))
