@@ -37,7 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Print nothing."""
 
-    def do_GET(self) -> None:  # noqa: N802 — the name is given by http.server
+    def do_GET(self) -> None:
         name = self.path.removeprefix("/api/models/")
         if not self._is_allowed():
             return
@@ -47,14 +47,14 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{"rfilename": file} for file in self.state.repositories[name]]
         self._answer(200, {"id": name, "private": self.state.private[name], "siblings": files})
 
-    def do_PUT(self) -> None:  # noqa: N802
+    def do_PUT(self) -> None:
         content = self._read()
         if not self._is_allowed(needs_token=False):
             return
         self.state.large_files[hashlib.sha256(content).hexdigest()] = content
         self._answer(200, {})
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         body = self._read()
         if not self._is_allowed():
             return

@@ -1,4 +1,4 @@
-"""How the base model of a run is named in a model card, and how it is loaded in Python."""
+"""Names of a run's base model: in a model card, in an adapter's config, and in the Python code that loads it."""
 
 from __future__ import annotations
 

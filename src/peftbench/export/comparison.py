@@ -43,7 +43,7 @@ _FIXED_TEXT = (
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """How far the written model's logits are from the trained model's."""
+    """Difference between the written model's logits and the trained model's."""
 
     dtype: Precision
     """Type of the written weights."""
@@ -54,7 +54,7 @@ class LogitComparison:
     num_texts: int
     """Number of texts compared."""
     missing_examples: str | None = None
-    """Why the run's own examples were not compared, None if they were."""
+    """Reason for which the run's own examples were not compared, None if they were."""
 
     @property
     def tolerance(self) -> float:
@@ -90,7 +90,7 @@ class ComparisonTexts:
 
     ids: tuple[tuple[int, ...], ...]
     missing_examples: str | None
-    """Why the run's own examples are not among them, None if they are."""
+    """Reason for which the run's own examples are missing, None if they are not."""
 
 
 def encode_texts(recipe: Recipe, base: LoadedModel) -> ComparisonTexts:

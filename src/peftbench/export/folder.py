@@ -36,7 +36,7 @@ _OMITTED_FILES = frozenset({TRAINING_FILE, CARD_FILE})
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export."""
+    """Options of an export."""
 
     run: Path
     """Folder of the run, or its record."""

@@ -106,8 +106,10 @@ def write_merged_model(run: RunBase, recipe: Recipe, dtype: Precision, folder: P
     model.to(TORCH_DTYPES[dtype])  # type: ignore[arg-type]
     model.save_pretrained(folder)
     save_tokenizer(_load_saved_tokenizer(run, recipe), None, folder)
+    written = _load_written(folder, recipe)
+    _check_written_weights(written, model)
     del model, base
-    error = relative_error(compute_logits(_load_written(folder, recipe), texts), reference)
+    error = relative_error(compute_logits(written, texts), reference)
     comparison = LogitComparison(dtype, error, effect, len(texts.ids), texts.missing_examples)
     check_written(comparison)
     return comparison
@@ -166,6 +168,21 @@ def _load_written(folder: Path, recipe: Recipe) -> PreTrainedModel:
         )
     except Exception as error:  # any library of a model's own code
         raise ModelError(f"transformers cannot load the merged model: {error}", "export it without --merge") from error
+
+
+def _check_written_weights(written: PreTrainedModel, merged: PreTrainedModel) -> None:
+    """Check that the loaded weights are those that were written, to the last bit.
+
+    Raises:
+        MergeError: a weight differs, which the tolerance of a 16-bit type could hide.
+    """
+    expected = dict(merged.named_parameters())
+    for name, parameter in written.named_parameters():
+        if name not in expected or not parameter.float().equal(expected[name].float()):
+            raise MergeError(
+                f"transformers loads another {name} from the merged model than was written",
+                "export it without --merge, and report this as a bug",
+            )
 
 
 def _check_disk_space(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:

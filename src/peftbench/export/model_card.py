@@ -24,7 +24,7 @@ _PROJECT = "peftbench"
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What a model card describes."""
+    """An exported model, as its card describes it."""
 
     record: RunRecord
     base: BaseReference

@@ -145,6 +145,8 @@ def _suggest_folder(folder: Path, names: list[str], key: str) -> str:
     inner = sorted([*folder.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"snapshots/*/{CONFIG_FILE}")])
     if inner:
         return f"set {key}={inner[0].parent}, which has one"
+    if gguf := next((name for name in names if name.lower().endswith(".gguf")), None):
+        return f"set {key}={folder / gguf}, the GGUF file in it"
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"it has {listed}; set {key} to the folder of a model ({FOLDER_CONTENT})"
 

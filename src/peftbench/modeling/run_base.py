@@ -131,7 +131,7 @@ class RunBase:
 
 
 def find_run_base(model_config: Model) -> RunBase | None:
-    """Return the run whose folder ``model.path`` is, checked; None if it is no folder of a run.
+    """Return the run whose folder ``model.path`` is, checked; None for any other path.
 
     Raises:
         ModelNotFoundError: the run is not finished, or has no saved model.

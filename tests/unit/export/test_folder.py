@@ -143,7 +143,7 @@ def test_card_has_what_the_record_has(finished_run: Callable[[str], Path], tmp_p
 
 
 def test_recipe_in_the_folder_repeats_the_training(finished_run: Callable[[str], Path], tmp_path: Path) -> None:
-    """With the base and the data beside it, the published recipe trains the same weights."""
+    """With the base and the data in the same folder, the published recipe trains the same weights."""
     run = finished_run("lora")
     exported = export_model(ExportRequest(run, tmp_path / "lora"))
     original = read_record(run / "record.json").recipe
@@ -213,7 +213,7 @@ def test_license_of_the_base_is_taken_from_its_card(base_folder: Callable[[str],
 
 
 def test_bad_requests_are_refused(finished_run: Callable[[str], Path], tmp_path: Path) -> None:
-    """Each error is one sentence that says what to do, and nothing is written."""
+    """Each error is one sentence with the remedy, and nothing is written."""
     run = finished_run("lora")
     with pytest.raises(MissingFileError, match="does not exist"):
         export_model(ExportRequest(tmp_path / "missing"))

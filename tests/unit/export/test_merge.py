@@ -106,7 +106,7 @@ def test_whole_model_is_written_in_another_type(name: str, finished_run: Callabl
 
 
 def test_prompt_tuning_is_refused_with_what_to_do(finished_run: Callable[[str], Path], tmp_path: Path) -> None:
-    """Soft tokens are no weights of the base model."""
+    """The base model has no weights for soft tokens."""
     with pytest.raises(MergeError, match=r"prompt_tuning, whose trained part cannot be merged .*without --merge"):
         export_model(ExportRequest(finished_run("prompt_tuning"), tmp_path / "new" / "merged", merge=True))
     assert list_files(tmp_path) == []
@@ -115,7 +115,7 @@ def test_prompt_tuning_is_refused_with_what_to_do(finished_run: Callable[[str], 
 def test_wrong_merge_is_refused_and_leaves_nothing(
     finished_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A merge that loses a thousandth of the base's weights is found; nothing is left, not even a parent folder."""
+    """A merge that changes one matrix by a tenth is found; nothing is left, not even a parent folder."""
     from peft import LoraModel
 
     original = LoraModel.merge_and_unload
@@ -132,7 +132,7 @@ def test_wrong_merge_is_refused_and_leaves_nothing(
     assert list_files(tmp_path) == []
 
 
-def test_forgotten_adapter_is_found_although_it_changes_little(
+def test_lost_adapter_is_found_although_it_changes_little(
     finished_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an adapter of a small effect, an unmerged base is within the tolerance of every type, and is refused."""
@@ -152,8 +152,8 @@ def test_forgotten_adapter_is_found_although_it_changes_little(
     original = LoraModel.unload
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: original(self))
     with pytest.raises(MergeError, match="differ from the adapter's by"):
-        export_model(ExportRequest(run, tmp_path / "forgotten", merge=True, dtype="bf16"))
-    assert not (tmp_path / "forgotten").exists()
+        export_model(ExportRequest(run, tmp_path / "lost", merge=True, dtype="bf16"))
+    assert not (tmp_path / "lost").exists()
 
 
 def test_weights_that_the_type_cannot_hold_are_refused(finished_run: Callable[[str], Path], tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_changed_base_is_refused(
 
 
 def test_examples_that_are_gone_are_named(finished_run: Callable[[str], Path], tmp_path: Path) -> None:
-    """The fixed text alone is compared, and the result says why."""
+    """The fixed text alone is compared, and the result has the reason."""
     run = tmp_path / "run"
     shutil.copytree(finished_run("lora"), run)
     record = json.loads((run / "record.json").read_bytes())
@@ -209,3 +209,25 @@ def test_examples_that_are_gone_are_named(finished_run: Callable[[str], Path], t
     assert exported.comparison is not None
     assert exported.comparison.num_texts == 1
     assert "gone.jsonl" in str(exported.comparison.missing_examples)
+
+
+def test_weight_that_is_not_written_is_found(
+    finished_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that differs by one rounding from what was merged is within every tolerance, and is refused."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.save_pretrained
+
+    def save_wrongly(self: PreTrainedModel, folder: Path, **options: Any) -> None:
+        parameter = next(parameter for name, parameter in self.named_parameters() if "q_proj" in name)
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.mul_(1.01)
+            original(self, folder, **options)
+            parameter.copy_(kept)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_wrongly)
+    with pytest.raises(MergeError, match=r"loads another .*q_proj\.weight from the merged model than was written"):
+        export_model(ExportRequest(finished_run("lora"), tmp_path / "merged", merge=True, dtype="bf16"))
+    assert list_files(tmp_path) == []

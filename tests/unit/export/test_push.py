@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,18 @@ def test_repository_with_files_is_not_changed(logged_in: HubServer, folder: Path
     assert logged_in.repositories["jane/model"] == {"config.json": b"{}"}
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """An upload that the server refuses, and the sentence that explains it."""
+
+    repository: str
+    token: str
+    failing_path: str | None
+    message: str
+
+
 @pytest.mark.parametrize(
-    ("repository", "token", "failing_path", "message"),
+    "refusal",
     [
         (
             "jane/model",
@@ -99,29 +110,26 @@ def test_repository_with_files_is_not_changed(logged_in: HubServer, folder: Path
             None,
             r"the token may not write to joe/model \(403\); use a token with write access to joe",
         ),
-        ("jane/model", TOKEN, "/api/repos/create", r"refused the upload of jane/model \(status 500\)"),
-        ("jane/model", TOKEN, "/preupload/", r"refused the upload of jane/model \(status 500\)"),
-        ("jane/model", TOKEN, "/storage/", r"refused the upload of jane/model \(status 500\)"),
+        Refusal("jane/model", TOKEN, "/api/repos/create", r"refused the upload of jane/model \(status 500\)"),
+        Refusal("jane/model", TOKEN, "/preupload/", r"refused the upload of jane/model \(status 500\)"),
+        Refusal("jane/model", TOKEN, "/storage/", r"refused the upload of jane/model \(status 500\)"),
     ],
 )
 def test_refusal_is_one_sentence_without_the_token(
-    repository: str,
-    token: str,
-    failing_path: str | None,
-    message: str,
+    refusal: Refusal,
     logged_in: HubServer,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The server's answers repeat the token, which neither the error nor any output does."""
-    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_TOKEN", refusal.token)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    logged_in.failing_path = failing_path
-    with pytest.raises(UploadError, match=message) as raised:
-        push_folder(folder, repository, private=True)
+    logged_in.failing_path = refusal.failing_path
+    with pytest.raises(UploadError, match=refusal.message) as raised:
+        push_folder(folder, refusal.repository, private=True)
     output = capfd.readouterr()
-    assert token not in str(raised.value) + output.out + output.err
+    assert refusal.token not in str(raised.value) + output.out + output.err
     assert "\n" not in str(raised.value)
 
 

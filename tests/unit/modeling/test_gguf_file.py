@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from peftbench import shipped
 from peftbench.errors import ModelError, ModelNotFoundError, OutOfRangeError
 from peftbench.memory.simulation.model import build_meta_model
 from peftbench.modeling.gguf_file import describe_conversion
@@ -65,7 +67,7 @@ def test_unquantized_file_has_the_logits_of_its_model(
 
 
 def test_quantized_file_is_dequantized(gguf_file: Callable[[str], Path], original: PreTrainedModel) -> None:
-    """Its weights are plain float32 tensors near those of the model; the record says what they were."""
+    """Its weights are plain float32 tensors near those of the model; a note has what they were."""
     loaded = load_model(Model(path=str(gguf_file("Q8_0"))))
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
     assert not hasattr(loaded.model.config, "quantization_config")
@@ -142,6 +144,18 @@ def test_architecture_that_transformers_does_not_read(gguf_file: Callable[[str],
     unknown.write_bytes(gguf_file("F32").read_bytes().replace(b"llama", b"lhama"))
     with pytest.raises(ModelNotFoundError, match=r"has no usable config: .*lhama.*; download it again, or set"):
         load_config(Model(path=str(unknown)))
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_folder_with_a_file_names_it(has_config: bool, tmp_path: Path) -> None:
+    """The folder is refused, with the path of the file to use."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    if has_config:
+        llama_config().save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(shipped.SHIPPED_MODEL_DIR).save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=rf"; set model\.path={file}, the GGUF file"):
+        load_model(Model(path=str(tmp_path)))
 
 
 def test_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

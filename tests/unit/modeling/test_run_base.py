@@ -1,4 +1,4 @@
-"""The folder of a finished run as model.path: its trained model is the base, and the record says so."""
+"""The folder of a finished run as model.path: its trained model is the base, and a note names the run."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_changed_base_is_refused(workplace: Workplace, base: Path, tmp_path: Pat
     ],
 )
 def test_unfinished_run_is_refused(change: dict[str, Any], message: str, first: Path, tmp_path: Path) -> None:
-    """A run that failed, or whose folder has the model of another training, is no base."""
+    """A run that failed, or whose folder has the model of another training, is refused."""
     copy = tmp_path / "copy"
     shutil.copytree(first, copy)
     record = json.loads((copy / "record.json").read_bytes()) | change
@@ -215,7 +215,7 @@ def test_adapter_folder_names_its_base_and_its_run(first: Path, base: Path, tmp_
 
 
 def test_run_that_is_its_own_base_is_refused(workplace: Workplace, first: Path, second: Path, tmp_path: Path) -> None:
-    """A recipe may not overwrite its base; two runs that were trained on each other's older models are no base."""
+    """A recipe may not overwrite its base; two runs that were trained on each other's older models are refused."""
     with pytest.raises(ValueError, match="is the folder that this run writes to; give the run another name"):
         workplace.recipe(first, LORA, "first")
     for name, other in (("first", "second"), ("second", "first")):
