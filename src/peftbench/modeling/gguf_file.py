@@ -108,7 +108,7 @@ def remove_gguf_marks(model: PreTrainedModel, path: str) -> None:
     model.config.name_or_path = path
 
 
-def hash_file(path: Path) -> str:
+def compute_file_hash(path: Path) -> str:
     """Return the hash of a file's content."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:

@@ -25,8 +25,8 @@ from peftbench.modeling.generation import repair_generation_config
 from peftbench.modeling.gguf_file import (
     build_gguf_arguments,
     check_gguf_file,
+    compute_file_hash,
     describe_conversion,
-    hash_file,
     is_gguf_path,
     remove_gguf_marks,
     split_gguf_path,
@@ -303,7 +303,7 @@ def compute_model_fingerprint(config: PreTrainedConfig, model_config: Model) -> 
         fingerprint = compute_model_fingerprint(config, run.select_weights(model_config))
         return run.extend_fingerprint(fingerprint) if run.has_adapter else fingerprint
     if is_gguf_path(resolve_model_path(model_config)):
-        return f"blake2b {hash_file(Path(resolve_model_path(model_config)))}"
+        return f"blake2b {compute_file_hash(Path(resolve_model_path(model_config)))}"
     commit = getattr(config, "_commit_hash", None)
     if commit:
         return f"commit {commit}"

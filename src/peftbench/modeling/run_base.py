@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from peftbench.errors import MergeError, ModelError, ModelNotFoundError, OutOfRangeError, RecordError
 from peftbench.methods import METHOD_KINDS
-from peftbench.modeling.gguf_file import hash_file
+from peftbench.modeling.gguf_file import compute_file_hash
 from peftbench.modeling.model_folder import ADAPTER_CONFIG_FILE
 from peftbench.recipe.schema import Model
 from peftbench.record import RECORD_FILE, RunRecord, read_record
@@ -126,7 +126,7 @@ class RunBase:
     def extend_fingerprint(self, base_fingerprint: str) -> str:
         """Return the fingerprint of the base with this run's adapter."""
         names = ("adapter_model.safetensors", ADAPTER_CONFIG_FILE)
-        hashes = [hash_file(self.model_dir / name) for name in names if (self.model_dir / name).exists()]
+        hashes = [compute_file_hash(self.model_dir / name) for name in names if (self.model_dir / name).exists()]
         return f"{base_fingerprint} + adapter blake2b {' '.join(hashes)}"
 
 

@@ -112,12 +112,12 @@ def test_real_chat_model_is_trained_merged_and_asked(smollm2: Path, tmp_path: Pa
         assert exported.comparison is not None
         assert exported.comparison.dtype == (dtype or "bf16"), "the base model's files are in bf16"
         assert exported.comparison.error < exported.comparison.tolerance / 2
-    tokenizer = AutoTokenizer.from_pretrained(exported.folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(exported.folder)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(smollm2).chat_template
     generate = pipeline("text-generation", model=str(exported.folder), dtype=torch.float32)
     answer: Any = generate(QUESTION, max_new_tokens=16, do_sample=False)
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(base, str(tmp_path / "lora" / "model"))
+    adapted: Any = PeftModel.from_pretrained(base, str(tmp_path / "lora" / "model"))
     inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     new = adapted.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     text = answer[0]["generated_text"][-1]["content"]
