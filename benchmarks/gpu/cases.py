@@ -32,22 +32,22 @@ class Size:
 
 
 class RandomTokens:
-    """Random tokens with the source's lengths; the article of an overlong row is truncated."""
+    """Random tokens with the source's lengths; the prompt of an overlong row is truncated."""
 
     def __init__(self, size: Size, vocabulary: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.prompts: list[int] = []
+        self.label_spans: list[list[int]] = []
         self.ids: list[list[int]] = []
-        for article, summary in size.source.sample_lengths("train"):
-            prompt = min(article, size.width - summary)
-            self.prompts.append(prompt)
-            self.ids.append(torch.randint(vocabulary, (prompt + summary,), generator=generator).tolist())
+        for sampled, completion in size.source.sample_lengths("train"):
+            prompt = min(sampled, size.width - completion)
+            self.label_spans.append([prompt, prompt + completion])
+            self.ids.append(torch.randint(vocabulary, (prompt + completion,), generator=generator).tolist())
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, indices: list[int], /) -> Mapping[str, Sequence[Any]]:
-        return {"input_ids": [self.ids[i] for i in indices], "prompt_tokens": [self.prompts[i] for i in indices]}
+        return {"input_ids": [self.ids[i] for i in indices], "label_spans": [self.label_spans[i] for i in indices]}
 
 
 CNN_DAILYMAIL = Synthetic(examples=256)
@@ -68,7 +68,7 @@ TINY = {
             "bos_token_id": 0,
             "eos_token_id": 0,
         },
-        Synthetic(examples=24, article_tokens=(9, 60), summary_tokens=(3, 9)),
+        Synthetic(examples=24, prompt_tokens=(9, 60), completion_tokens=(3, 9)),
         4,
         64 - NUM_VIRTUAL_TOKENS,
         2,

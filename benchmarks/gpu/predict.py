@@ -21,6 +21,7 @@ from transformers import GPT2Config
 from peftbench.common.units import parse_size
 from peftbench.data.batches import Batches
 from peftbench.data.collate import Collator
+from peftbench.data.encode import count_labels
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
 from peftbench.memory.estimate import estimate
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
@@ -45,7 +46,7 @@ def labels_by_step(recipe: Recipe, size: Size) -> list[list[int]]:
     batches = Batches(tokens, Collator(0), recipe.train.global_batch_size, None, recipe.train.seed)
     batches_of_run = itertools.islice(batches, recipe.train.steps or 0)
     return [
-        [len(tokens.ids[i]) - tokens.prompts[i] for i in batch.micro_batches[0].example_indices]
+        [count_labels(tokens.label_spans[i]) for i in batch.micro_batches[0].example_indices]
         for batch in batches_of_run
     ]
 

@@ -15,14 +15,15 @@ from peftbench.data.batches import Batches
 from peftbench.data.collate import Collator, FlopUnits
 from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.errors import DataError, EmptySplitError, MissingColumnError
-from peftbench.recipe.schema import Data
+from peftbench.tasks.summarization import Summarization
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-COLUMNS = ("article", "highlights")
-SEPARATOR: str = Data.model_fields["separator"].default
+    from peftbench.data.readers.rows import Example
+
+TASK = Summarization(summary="highlights")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Examples:
         """Return each example once, in the format of peftbench's training loop."""
         from datasets import Dataset
 
-        ids, prompts = zip(*self.rows, strict=True)
-        return Dataset.from_dict({"input_ids": list(ids), "prompt_tokens": list(prompts)})
+        ids = [ids for ids, _ in self.rows]
+        return Dataset.from_dict({"input_ids": ids, "label_spans": [[prompt, len(row)] for row, prompt in self.rows]})
 
     def step(self, index: int) -> list[tuple[list[int], int]]:
         """Return a step's examples, shortest first, as in peftbench's global batch."""
@@ -74,18 +75,16 @@ def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) 
     longest = positions - spec.num_virtual_tokens  # for every method, so that all see the same text
     encoder = Encoder(
         tokenizer,
-        SequenceLayout.for_model(
-            separator=SEPARATOR, max_length=longest, max_new_tokens=1, max_positions=positions, virtual_tokens=0
-        ),
+        SequenceLayout.for_model(max_length=longest, max_new_tokens=1, max_positions=positions, virtual_tokens=0),
+        TASK,
     )
     rows: list[tuple[list[int], int]] = []
     wanted = spec.examples(job.case)
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
-            article, summary = _pair(path, number, line)
-            encoded = encoder.encode_example(article, summary)
+            encoded = encoder.encode_example(_parse_example(path, number, line))
             if encoded["needed"] <= longest:
-                rows.append((list(encoded["input_ids"]), int(encoded["prompt_tokens"])))
+                rows.append((list(encoded["input_ids"]), int(encoded["label_spans"][0])))
             if len(rows) == wanted:
                 break
     if len(rows) < wanted:
@@ -99,12 +98,14 @@ def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) 
     )
 
 
-def _pair(path: Path, number: int, line: str) -> tuple[str, str]:
+def _parse_example(path: Path, number: int, line: str) -> Example:
     try:
         row = json.loads(line)
-        article, summary = (str(row[column]) for column in COLUMNS)
+        cells = {name: str(row[column]) for name, column in TASK.columns.items()}
     except json.JSONDecodeError as error:
         raise DataError(f"line {number} of {path} is not JSON ({error.msg})") from error
     except (KeyError, TypeError) as error:
-        raise MissingColumnError(f"line {number} of {path} lacks the columns {' and '.join(COLUMNS)}") from error
-    return article, summary
+        raise MissingColumnError(
+            f"line {number} of {path} lacks the columns {' and '.join(TASK.columns.values())}"
+        ) from error
+    return {"id": str(number)} | cells

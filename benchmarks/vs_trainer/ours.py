@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from clock import StepClock
-from examples import Examples
+from examples import TASK, Examples
 from spec import CASES, Job, own_settings
 from trained import COUNTED_STEP, Trained, method_of
 
@@ -68,7 +68,8 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
         output_dir=folder,
         model=Model(path=job.base, dropout=spec.dropout),
         method=method_of(job),
-        data=Data(source=Files(train=job.train, summary="highlights"), max_length=positions - spec.num_virtual_tokens),
+        task=TASK,
+        data=Data(source=Files(train=job.train), max_length=positions - spec.num_virtual_tokens),
         optimizer=AdamW(learning_rate=spec.learning_rate, weight_decay=spec.weight_decay),
         train=Train(
             steps=spec.total_steps(job.case),

@@ -17,7 +17,6 @@ NEW_TOKENS = 6
 
 def _layout(case: Case, max_tokens: int | None) -> SequenceLayout:
     return SequenceLayout.for_model(
-        separator=" TL;DR:",
         max_length=max_tokens,
         max_new_tokens=NEW_TOKENS,
         max_positions=POSITIONS,

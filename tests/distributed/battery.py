@@ -27,6 +27,7 @@ from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
 from peftbench.run.runner import Run
+from peftbench.tasks.summarization import Summarization
 from peftbench.training.checkpoint import CheckpointManager
 from tests.helpers.short_runs import freeze_imported_objects, use_small_matmul
 from tests.helpers.training import reset_accelerators
@@ -69,8 +70,8 @@ def build_recipe(point: Combination, base: str, data: str, folder: Path) -> Reci
                 id="id", train=f"{data}/train.jsonl", validation=f"{data}/validation.jsonl", test=f"{data}/test.jsonl"
             ),
             max_length=48,
-            separator=" TL;DR:",
         ),
+        task=Summarization(separator=" TL;DR:"),
         optimizer=OPTIMIZERS[kind](learning_rate=rate, weight_decay=0.01, **OPTIMIZER_KEYS.get(point.optimizer, {})),
         schedule=Schedule(kind="linear", warmup_steps=2),
         train=Train(steps=STEPS, global_batch_size=8, micro_batch_size=2, precision=point.precision),  # type: ignore[arg-type]

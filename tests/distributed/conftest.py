@@ -18,7 +18,7 @@ def folders(
     base_folder: Callable[[str], Path], corpus: Files, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, Path]:
     """Return the folders of the runs, the base model and the data."""
-    assert corpus.train is not None
+    assert isinstance(corpus.train, str)
     return tmp_path_factory.mktemp("engines"), base_folder("gpt2_tied"), Path(corpus.train).parent
 
 

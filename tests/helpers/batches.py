@@ -20,10 +20,10 @@ LENGTHS_AND_PROMPTS = ((9, 6), (14, 5), (20, 19), (26, 12))
 
 
 def rows(lengths_and_prompts: Lengths, seed: int = 5) -> list[dict[str, Any]]:
-    """Return encoded examples of the given lengths with random tokens."""
+    """Return encoded examples of the given lengths with random tokens; all after the prompt are labeled."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        {"input_ids": torch.randint(1, 4096, (length,), generator=generator).tolist(), "prompt_tokens": prompt}
+        {"input_ids": torch.randint(1, 4096, (length,), generator=generator).tolist(), "label_spans": [prompt, length]}
         for length, prompt in lengths_and_prompts
     ]
 
@@ -33,8 +33,8 @@ def micro_batch(lengths_and_prompts: Lengths = LENGTHS_AND_PROMPTS, seed: int = 
     from peftbench.data.collate import Collator
 
     examples = rows(lengths_and_prompts, seed)
-    ids, prompt_tokens = ([row[key] for row in examples] for key in ("input_ids", "prompt_tokens"))
-    return Collator(0, virtual).collate(ids, prompt_tokens)
+    ids, label_spans = ([row[key] for row in examples] for key in ("input_ids", "label_spans"))
+    return Collator(0, virtual).collate(ids, label_spans)
 
 
 def packed(
@@ -44,8 +44,8 @@ def packed(
     from peftbench.data.collate import PaddingFreeCollator
 
     examples = rows(lengths_and_prompts, seed)
-    ids, prompt_tokens = ([row[key] for row in examples] for key in ("input_ids", "prompt_tokens"))
-    return PaddingFreeCollator(0, virtual, pad_to_multiple_of=multiple).collate(ids, prompt_tokens)
+    ids, label_spans = ([row[key] for row in examples] for key in ("input_ids", "label_spans"))
+    return PaddingFreeCollator(0, virtual, pad_to_multiple_of=multiple).collate(ids, label_spans)
 
 
 def count_labeled_tokens(batch: MicroBatch) -> int:

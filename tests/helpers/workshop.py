@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftbench.data.sources import Files
 from peftbench.methods.base import Method
 from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
+from peftbench.tasks.summarization import Summarization
 from tests.helpers.short_runs import freeze_imported_objects, use_small_matmul
 from tests.helpers.training import reset_accelerators
 
@@ -38,7 +39,7 @@ class Workshop:
     ) -> Recipe:
         """Return the recipe of a short run. Dicts replace keys of a section, ``parts`` replace whole sections."""
         model_keys = {"path": str(self.base_folder(architecture)), "attention": "sdpa"} | (model or {})
-        data_keys = {"source": self.source, "max_length": 48, "separator": " TL;DR:"} | (data or {})
+        data_keys = {"source": self.source, "max_length": 48} | (data or {})
         train_keys = {"steps": 3, "global_batch_size": 6, "precision": "fp32"} | (train or {})
         evaluate_keys = {"metrics": (), "max_new_tokens": 8, "bootstrap_resamples": 100} | (evaluate or {})
         values: dict[str, Any] = {
@@ -48,6 +49,7 @@ class Workshop:
             "method": method,
             "model": Model(**model_keys),
             "data": Data(**data_keys),
+            "task": Summarization(separator=" TL;DR:"),
             "train": Train(**train_keys),
             "evaluate": Evaluate(**evaluate_keys),
             "profile": Profile(untimed_steps=0),

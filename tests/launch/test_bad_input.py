@@ -43,7 +43,7 @@ EARLY: list[Mistake] = [
     ("train.steps=ten", WrongTypeError, "train.steps='ten'"),
     ("train.steps=0", OutOfRangeError, "train.steps=0 must be greater than 0"),
     ("train.epochs=1", OutOfRangeError, "exactly one of train.steps and train.epochs"),
-    ("data.separator='TL;DR: '", OutOfRangeError, "does not end in a space"),
+    ("task={kind: summarization, separator: 'TL;DR: '}", OutOfRangeError, "does not end in a space"),
     ("--config nothing.yaml", MissingFileError, "nothing.yaml"),
     ("--config rows.jsonl", RecipeError, "rows.jsonl is not valid YAML"),
     ("steps", RecipeError, "'steps'"),
@@ -51,7 +51,11 @@ EARLY: list[Mistake] = [
 # Refused when the data is read: the lead baseline needs examples but no model.
 DATA: list[Mistake] = [
     ("data.source.test=empty.jsonl", EmptySplitError, "empty.jsonl"),
-    ("data.source.summary=sumary", MissingColumnError, "has no column 'sumary'; did you mean 'summary'?"),
+    (
+        "task={kind: summarization, summary: sumary}",
+        MissingColumnError,
+        "has no column 'sumary'; did you mean 'summary'?",
+    ),
     ("data.source.kind=hub", HubUnreachableError, "the Hub did not answer for abisee/cnn_dailymail"),
 ]
 MORE_DATA: list[Mistake] = [

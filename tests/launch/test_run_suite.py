@@ -218,7 +218,7 @@ def test_two_processes_match_one(project: Path, caches: dict[str, str]) -> None:
     assert single["step_losses"] == pytest.approx(double["step_losses"], abs=1e-4)
     assert single["tokens"] == double["tokens"]
     assert single["quality"]["loss"] == pytest.approx(double["quality"]["loss"], abs=1e-4)
-    assert single["quality"]["rouge"] == double["quality"]["rouge"]
+    assert single["quality"]["metrics"] == double["quality"]["metrics"]
     assert single["quality"]["samples"] == double["quality"]["samples"]
     one, two = single["quality"]["per_example"], double["quality"]["per_example"]
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)

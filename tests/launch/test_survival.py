@@ -172,7 +172,7 @@ def test_stop_during_evaluation(project: Path, caches: dict[str, str]) -> None:
     record = record_of(project, "run")
     assert record["step_seconds"] == stopped["step_seconds"]
     assert record["step_losses"] == stopped["step_losses"]
-    assert record["quality"]["rouge"] is not None
+    assert record["quality"]["metrics"]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from peftbench.cli.cache import cache
 from peftbench.cli.data import data
 from peftbench.cli.evaluate import evaluate
 from peftbench.cli.export import export
@@ -44,7 +45,7 @@ def _read_global_options(
     """Accept options without a command."""
 
 
-for _command in (run, train, evaluate, export, submit, status, estimate, fit, report, compare, show, data):
+for _command in (run, train, evaluate, export, submit, status, estimate, fit, report, compare, show, data, cache):
     app.command(help=TRAIN_HELP if _command is train else None)(_command)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,20 @@ def imports_without_gc() -> Iterator[None]:
             gc.enable()
 
 
+def announce_hub_retries() -> None:
+    """Print a line when the Hub does not answer and is asked again, for up to half a minute."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_announce_first_retry)
+
+
+def _announce_first_retry(record: logging.LogRecord) -> bool:
+    """Filter of a logger: replace the messages on retries by one line."""
+    if found := re.search(r"\[Retry 1/(\d+)\]", record.getMessage()):
+        sys.stderr.write(f"note: the Hub did not answer; trying again, up to {found[1]} times\n")
+    return record.levelno >= logging.ERROR
+
+
 def quiet_libraries() -> None:
     """Turn off telemetry, progress bars without a terminal, and log messages that a user cannot act on."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -37,6 +52,8 @@ def quiet_libraries() -> None:
 
     # Retries and files that do not parse end in one error message of peftbench.
     huggingface_hub.logging.set_verbosity_error()
+    if sys.stderr.isatty():
+        announce_hub_retries()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about a faster kernel at each import
     # peft imports torchao if it is installed; torchao warns about kernels for other GPUs and about torch names.
     for name in ("torchao", "torch.utils._pytree"):

@@ -36,6 +36,11 @@ class Source(ConfigSection):
         return True
 
     @property
+    def is_local(self) -> bool:
+        """True if it can be read without the network."""
+        return True
+
+    @property
     def has_ids(self) -> bool:
         """True if ids identify an example among all splits; False if they are row numbers."""
         return True

@@ -12,15 +12,17 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock
 from tqdm.auto import tqdm
 
 from peftbench.common.filesystem import cache_dir, write_atomically, write_error
+from peftbench.data.cache_usage import DOCSTRINGS_PREFIX
 from peftbench.data.docstring_parser import (
     Docstring,
     SummarizationPair,
@@ -211,7 +213,7 @@ def cache_pair_files() -> tuple[dict[str, Path], str]:
         DataNotFoundError: a distribution of the corpus is not installed.
         OutputError: the cache cannot be written.
     """
-    folder = cache_dir() / f"docstrings-{environment_key()}"
+    folder = cache_dir() / f"{DOCSTRINGS_PREFIX}{environment_key()}"
     paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
     fingerprint = folder / "fingerprint"
     if fingerprint.exists():  # written last, so the cache is complete; a read-only cache works too
@@ -230,3 +232,24 @@ def cache_pair_files() -> tuple[dict[str, Path], str]:
                 write_atomically(path, "\n".join(lines) + "\n")
             write_atomically(fingerprint, corpus.fingerprint())
     return paths, fingerprint.read_text(encoding="utf-8")
+
+
+class CorpusPair(NamedTuple):
+    """A docstring of the corpus, with its place."""
+
+    package: str
+    location: str
+    text: str
+    """Summary line and body."""
+
+
+def read_pairs(split: str) -> Iterator[CorpusPair]:
+    """Yield the docstrings of a split that have a summary line and a body.
+
+    Raises:
+        DataNotFoundError, OutputError: as in :func:`cache_pair_files`.
+    """
+    with cache_pair_files()[0][split].open(encoding="utf-8") as file:
+        for line in file:
+            values = json.loads(line)
+            yield CorpusPair(values["package"], values["location"], f"{values['summary']}\n\n{values['article']}")

@@ -139,24 +139,19 @@ class Encoder:
         """
         self.tokenizer, self.layout, self.task = tokenizer, layout, task
         self.renderer = task.build_renderer(tokenizer)
+        reference_task = task.label_reference()
+        self._prompt_renderer = self.renderer if reference_task is task else reference_task.build_renderer(tokenizer)
         self._segments = Tokenizer(tokenizer)
         self.eos_token_id = self._segments.eos_token_id
 
     def encode_prompt(self, example: Example) -> list[int]:
-        """Return the tokens before the last labels; ``layout.max_new_tokens`` more fit the sequence.
+        """Return the tokens before the reference; ``layout.max_new_tokens`` more fit the sequence.
 
         Raises:
             DataError: the example cannot be rendered.
             SequenceTooShortError: what must not be cut from the prompt is too long.
         """
-        limit = self.layout.max_length - self.layout.max_new_tokens
-        prompt: list[TokenizedSegment] = []
-        for segments in self.renderer.iter_variants(example):
-            tokenized = self._segments.tokenize(segments)
-            prompt = tokenized[: _find_last_labels(segments)]
-            if sum(len(part.ids) for part in prompt) <= limit:
-                break
-        cut = _cut(prompt, limit)
+        cut = _cut(self._find_prompt(example), self._max_prompt_length)
         if cut is None:
             raise SequenceTooShortError(
                 f"the prompt of example {example['id']} leaves no room for evaluate.max_new_tokens="
@@ -164,6 +159,20 @@ class Encoder:
                 "lower it, or raise data.max_length",
             )
         return [id for part in cut for id in part.ids]
+
+    @property
+    def _max_prompt_length(self) -> int:
+        return self.layout.max_length - self.layout.max_new_tokens
+
+    def _find_prompt(self, example: Example) -> list[TokenizedSegment]:
+        """Return the longest prompt that fits without being cut, else the shortest."""
+        prompt: list[TokenizedSegment] = []
+        variants = self._prompt_renderer.iter_variants(example)
+        while segments := self._render(example, variants):
+            prompt = self._segments.tokenize(segments)[: _find_last_labels(segments)]
+            if sum(len(part.ids) for part in prompt) <= self._max_prompt_length:
+                break
+        return prompt
 
     def encode_choices(self, example: Example) -> list[dict[str, Any]]:
         """Return ``input_ids`` and ``label_spans`` of the prompt with each of its choices, without an end token.
@@ -185,9 +194,9 @@ class Encoder:
 
     def find_stop_ids(self, example: Example) -> list[int]:
         """Return the ids that end a generated text: the end token, and the special token that ends a labeled turn."""
-        row = self.encode_example(example)
-        last = row["input_ids"][row["label_spans"][-1] - 1]
-        return sorted({self.eos_token_id, *([last] if last in self._segments.control_ids else [])})
+        segments = self._render(example, self._prompt_renderer.iter_variants(example))
+        labels = [id for segment, ids in self._segments.tokenize(segments) if segment.is_label for id in ids]
+        return sorted({self.eos_token_id, *(self._segments.control_ids & set(labels[-1:]))})
 
     def encode_example(self, example: Example) -> dict[str, Any]:
         """Return the columns ``ENCODED_COLUMNS`` of one example; see :meth:`encode_batch`."""
@@ -230,6 +239,8 @@ class Encoder:
         cut = _cut(shortest, self.layout.max_length)
         row = _assemble(shortest if cut is None else cut, whole, self._segments.control_ids)
         prompt = shortest[: _find_last_labels([part.segment for part in shortest])]
+        if self._prompt_renderer is not self.renderer or _count_needed(prompt) > self._max_prompt_length:
+            prompt = self._find_prompt(example)
         choices = self.task.render_choices(example, self.tokenizer)
         shortest_choices = (_count_needed(self._segments.tokenize(segments)) for segments in choices)
         row |= {
@@ -243,7 +254,7 @@ class Encoder:
                 "remove one of them from the chat template",
             )
         if not any(end > max(start, 1) for start, end in iter_spans(row["label_spans"])):
-            raise DataError(f"example {example['id']} has no labeled token", "remove it, or change task.labels")
+            raise DataError(f"example {example['id']} has no labeled token", "remove it")
         return row
 
     def decode(self, ids: list[int], stop_ids: Sequence[int] = ()) -> str:

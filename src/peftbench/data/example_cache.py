@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from peftbench.common.filesystem import open_atomically, write_error
+from peftbench.common.fingerprint import hash_file
 from peftbench.errors import DataError, OutputError
 
 if TYPE_CHECKING:
@@ -58,16 +59,14 @@ def load_cached_examples(
     return dataset
 
 
-def hash_file(digest: hashlib.blake2b, path: Path) -> None:
+def hash_data_file(digest: hashlib.blake2b, path: Path) -> None:
     """Add the bytes of a file to ``digest``.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        hash_file(digest, path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}", "check the path and its permissions"

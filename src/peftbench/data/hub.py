@@ -16,7 +16,7 @@ from peftbench.common.filesystem import UNWRITABLE_ERRNOS
 from peftbench.common.schema import PathText
 from peftbench.common.text import first_line
 from peftbench.data.base import Source
-from peftbench.data.example_cache import cache_error, hash_file, load_cached_examples
+from peftbench.data.example_cache import cache_error, hash_data_file, load_cached_examples
 from peftbench.data.local_files import check_first_example, list_faults, load_files, read_column_names
 from peftbench.data.readers.arrow_rows import iter_dataset_rows
 from peftbench.data.readers.rows import Columns, SplitLocation, iter_examples, to_printable
@@ -47,6 +47,10 @@ class Hub(Source):
     @property
     def is_mutable(self) -> bool:
         return os.path.exists(self.path)  # noqa: PTH110 — Path.exists raises where it may not look
+
+    @property
+    def is_local(self) -> bool:
+        return self.is_mutable
 
     @property
     def has_ids(self) -> bool:
@@ -97,7 +101,7 @@ class Hub(Source):
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(folder.rglob("*") if folder.is_dir() else [folder]):
             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-                hash_file(digest, path)
+                hash_data_file(digest, path)
         return digest.hexdigest()
 
     def _describe(self, split: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftbench.data.example_cache import hash_file, load_cached_examples
+from peftbench.data.example_cache import hash_data_file, load_cached_examples
 from peftbench.data.readers.arrow_rows import iter_parquet_rows, read_parquet_names
 from peftbench.data.readers.csv_rows import iter_csv_rows, read_csv_names
 from peftbench.data.readers.json_rows import iter_json_rows, read_json_names
@@ -154,7 +154,7 @@ def read_column_names(files: Mapping[Path, str], split: str) -> list[str]:
 def hash_content(path: Path) -> str:
     """Return the hash of a file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    hash_file(digest, path)
+    hash_data_file(digest, path)
     return digest.hexdigest()
 
 

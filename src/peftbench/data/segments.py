@@ -22,7 +22,7 @@ class Segment:
     is_template: bool = False
     """True if special tokens in the text are control tokens; False if everything in it is text."""
     cut: Literal["never", "start", "end"] = "never"
-    """Which tokens are cut from it first if the sequence is too long."""
+    """End from which its tokens are cut if the sequence is too long; never: it stays whole."""
     ids: tuple[int, ...] = ()
     """Token ids of a segment that is not text."""
     is_continuation: bool = field(default=False, kw_only=True)
@@ -50,10 +50,13 @@ class Renderer(Protocol):
 
 
 class RenderingTask(Protocol):
-    """What the encoder needs of a task; :class:`peftbench.tasks.base.Task` has it."""
+    """The part of a task that the encoder needs; :class:`peftbench.tasks.base.Task` has it."""
 
     def build_renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         """Return the renderer of the task's examples for a tokenizer."""
+
+    def label_reference(self) -> RenderingTask:
+        """Return the task with labels for the reference alone, so that they start where the prompt ends."""
 
     def render_choices(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sequence[Segment]]:
         """Return the sequence of the prompt with each of its choices; none if the task has no choices."""

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from pydantic import Field, field_validator
 
 from peftbench.common.schema import PathText
+from peftbench.data.arithmetic import Arithmetic
 from peftbench.data.base import Source
-from peftbench.data.example_cache import hash_file
+from peftbench.data.docstring_libraries import DocstringLibraries
+from peftbench.data.example_cache import hash_data_file
 from peftbench.data.hub import Hub
 from peftbench.data.local_files import (
     check_first_example,
@@ -109,7 +111,7 @@ class Files(Source):
                 continue
             with suppress(DataError):  # a split that is not used may be missing
                 for path in self._find_files(name):
-                    hash_file(digest, path)
+                    hash_data_file(digest, path)
         return digest.hexdigest()
 
     @property
@@ -133,7 +135,15 @@ def _list_paths(value: PathTexts | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
-SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub, "synthetic": Synthetic}
+SOURCES: dict[str, type[Source]] = {
+    "docstrings": Docstrings,
+    "docstring_libraries": DocstringLibraries,
+    "arithmetic": Arithmetic,
+    "files": Files,
+    "hub": Hub,
+    "synthetic": Synthetic,
+}
+"""Value of ``data.source.kind``: the source's class."""
 
 if TYPE_CHECKING:
     AnySource = Source

@@ -48,7 +48,7 @@ def full_weights(engine: EngineKind, model: nn.Module, *, on_this_rank: bool) ->
     if not (engine.is_deepspeed or engine.is_fsdp):
         yield
         return
-    _reshard(model)
+    reshard(model)
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -83,8 +83,8 @@ def _remove_forward_hooks(model: nn.Module) -> list[tuple[dict[int, object], dic
     return removed  # type: ignore[return-value]
 
 
-def _reshard(model: nn.Module) -> None:
-    """Free the full parameters that fully_shard still holds after the last forward pass."""
+def reshard(model: nn.Module) -> None:
+    """Free the full parameters that fully_shard still holds after a forward pass; other engines hold none."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -112,7 +112,7 @@ def state_bytes(
     """
     if engine.offloads_to_nvme:
         return None
-    _reshard(model)
+    reshard(model)
     master_weights = deepspeed.master_weights(optimizer)
     innermost = deepspeed.unwrap_optimizer(optimizer)
     states = [

@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,13 +77,17 @@ class Evaluator:
         self.synced, self.is_oom = synced, is_oom
         self.batch_size = recipe.evaluate.batch_size
         """Examples per batch; halved when a batch runs out of memory."""
-        self._stop_ids = encoder.find_stop_ids(dataset[0]) if recipe.task.evaluation == "generate" else []
         self.notes: list[str] = []
         """Notes for the record."""
         # Evaluation never labels padding, whatever the settings for training.
         self.collator = replace(
             build_collator(recipe, adapted_model.loss, encoder.eos_token_id), label_padding=False, pad_to_length=None
         )
+
+    @cached_property
+    def _stop_ids(self) -> list[int]:
+        """Ids that end a generated text."""
+        return self.encoder.find_stop_ids(self.dataset[0])
 
     def _map_batches(self, description: str, compute: Callable[[list[dict[str, Any]]], Sequence[_T]]) -> list[_T]:
         """Call ``compute`` with this rank's examples in batches of similar lengths; return one result per example.
@@ -119,9 +124,7 @@ class Evaluator:
                 raise
         # Outside of the handler, so that no traceback references the tensors of the failed batch.
         self.batch_size = max(1, len(rows) // 2)
-        self.notes = [
-            f"{HALVED_BATCH_NOTE}{self.config.batch_size} ran out of memory; it was halved to {self.batch_size}"
-        ]
+        self._note_halved_batch([self.batch_size])
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -208,8 +211,18 @@ class Evaluator:
         return self.collator.collate([row["input_ids"] for row in rows], [row["label_spans"] for row in rows])
 
     def _gather_in_order(self, local_results: list[tuple[int, _T]]) -> list[_T]:
-        gathered = gather_object(local_results) if self.accelerator.num_processes > 1 else local_results
+        gathered = local_results
+        if self.accelerator.num_processes > 1:
+            gathered = gather_object(local_results)
+            self._note_halved_batch(gather_object([self.batch_size]))
         return [one for _, one in sorted(gathered, key=itemgetter(0))]
+
+    def _note_halved_batch(self, batch_sizes: Sequence[int]) -> None:
+        """Note the smallest batch if one was halved; ``batch_sizes`` are those of all ranks, or of this one alone."""
+        ranks = [rank for rank, size in enumerate(batch_sizes) if size < self.config.batch_size]
+        if ranks:
+            note = f"{HALVED_BATCH_NOTE}{self.config.batch_size} ran out of memory; it was halved to {min(batch_sizes)}"
+            self.notes = [f"{note} on rank {', '.join(map(str, ranks))}" if len(batch_sizes) > 1 else note]
 
 
 def _split_by_row(rows: Sequence[dict[str, Any]], token_values: torch.Tensor) -> Sequence[torch.Tensor]:

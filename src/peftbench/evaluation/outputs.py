@@ -33,7 +33,7 @@ class ChoiceScore(RecordModel):
 
 
 class Output(RecordModel):
-    """What the model gave for one evaluated example."""
+    """Output of the model for one evaluated example."""
 
     id: str
     reference: str
@@ -55,9 +55,17 @@ class Output(RecordModel):
         return self.generated
 
 
+def build_choice_scores(choices: Sequence[str], index: int | None) -> tuple[ChoiceScore, ...]:
+    """Return the scores of a prediction without probabilities: 0 for the predicted choice, -1 for the others."""
+    return tuple(
+        ChoiceScore(text=text, log_likelihood=-float(number != index), num_tokens=1, num_bytes=1)
+        for number, text in enumerate(choices)
+    )
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """What the model gave for the examples of a split, in its order; None for what was not requested."""
+    """The results of the model for the examples of a split, in its order; None for what was not requested."""
 
     generated: Sequence[str] | None = None
     teacher_forced: Sequence[str] | None = None

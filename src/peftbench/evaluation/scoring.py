@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peftbench.evaluation.outputs import Output
     from peftbench.recipe.schema import Recipe
 
-Values = dict[str, tuple[float, ...]]
+ValuesByScore = dict[str, tuple[float, ...]]
 """One value per example, by score name."""
 
 
@@ -52,7 +52,7 @@ def build_quality(
             if output.prediction is not None
         ),
         per_example=PerExample(
-            examples_fingerprint=_hash_examples(dataset["id"], references),
+            examples_fingerprint=fingerprint_examples(dataset["id"], references),
             loss=held_out.nll_sums if held_out else (),
             labeled_tokens=held_out.label_counts if held_out else (),
         ),
@@ -62,13 +62,13 @@ def build_quality(
 def add_scores(recipe: Recipe, quality: Quality, outputs: Sequence[Output]) -> Quality:
     """Return ``quality`` with the scores of the recipe's metrics; earlier scores are dropped.
 
-    A method without a model has neither losses nor log-likelihoods, so only its texts are scored.
+    A method without a model has no losses, so that metrics of losses are left out.
 
     Raises:
         RecordError: the outputs are not those of the evaluated examples, or lack what a metric needs.
         MetricError: a user's metric fails.
     """
-    metrics = [one for one in select_metrics(recipe) if recipe.method.needs_model or one.needs == "generated"]
+    metrics = [one for one in select_metrics(recipe) if recipe.method.needs_model or one.needs != "losses"]
     per_example = quality.per_example.model_copy(update={"metrics": {}}) if quality.per_example else None
     cleared: dict[str, Any] = {
         "metrics": {},
@@ -90,7 +90,7 @@ def merge_scores(metrics: Sequence[Metric], quality: Quality, outputs: Sequence[
         RecordError, MetricError: as in :func:`add_scores`.
     """
     per_example = quality.per_example
-    if per_example is None or per_example.examples_fingerprint != _hash_examples(
+    if per_example is None or per_example.examples_fingerprint != fingerprint_examples(
         [output.id for output in outputs], [output.reference for output in outputs]
     ):
         raise RecordError(
@@ -100,7 +100,7 @@ def merge_scores(metrics: Sequence[Metric], quality: Quality, outputs: Sequence[
     forced = [output.model_copy(update={"generated": output.teacher_forced}) for output in outputs]
     has_forced = any(output.teacher_forced is not None for output in outputs)
     has_generated = any(output.generated is not None for output in outputs)
-    values: Values = {}
+    values: ValuesByScore = {}
     scores, forced_scores = dict(quality.metrics), dict(quality.teacher_forced_metrics)
     for metric in metrics:
         if metric.needs != "generated" or has_generated or not has_forced:
@@ -119,7 +119,7 @@ def merge_scores(metrics: Sequence[Metric], quality: Quality, outputs: Sequence[
     )
 
 
-def _compute(metric: Metric, per_example: PerExample, outputs: Sequence[Output]) -> Values:
+def _compute(metric: Metric, per_example: PerExample, outputs: Sequence[Output]) -> ValuesByScore:
     """Return the values of a metric, one per output."""
     if isinstance(metric, LossMetric):
         if not per_example.loss:
@@ -136,7 +136,7 @@ def _compute(metric: Metric, per_example: PerExample, outputs: Sequence[Output])
     return values
 
 
-def _build_scores(values: Values, metric: Metric, resamples: int) -> dict[str, Score]:
+def _build_scores(values: ValuesByScore, metric: Metric, resamples: int) -> dict[str, Score]:
     return {
         name: Score(interval=_compute_interval(one, metric.scores[name], resamples), definition=metric.scores[name])
         for name, one in values.items()
@@ -151,6 +151,6 @@ def _compute_interval(values: Sequence[float], definition: ScoreDefinition, resa
     return Interval(mean=interval.mean, low=low, high=high)
 
 
-def _hash_examples(ids: Sequence[str], references: Sequence[str]) -> str:
+def fingerprint_examples(ids: Sequence[str], references: Sequence[str]) -> str:
     """Return a hash of these examples in this order."""
     return hashlib.blake2b(json.dumps([list(ids), list(references)]).encode(), digest_size=8).hexdigest()

@@ -99,7 +99,8 @@ def write_merged_model(run: RunBase, recipe: Recipe, dtype: Precision, folder: P
     # Any attention will do, and dropout is a setting of the training.
     settings = {"attention": "auto", "dropout": None}
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=settings)})
-    base = load_trained_base_model(recipe, run.model_dir, str(run.record.model_fingerprint))
+    fingerprints = (str(run.record.model_fingerprint), run.record.model_config_fingerprint)
+    base = load_trained_base_model(recipe, run.model_dir, *fingerprints)
     texts = encode_texts(recipe, base)
     model, reference, effect = _merge(run, recipe, base, texts)
     _check_disk_space(model, TORCH_DTYPES[dtype], folder)

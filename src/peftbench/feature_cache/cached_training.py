@@ -21,7 +21,7 @@ from peftbench.data.batches import Batches, GlobalBatch
 from peftbench.data.collate import FlopUnits, MicroBatch
 from peftbench.distributed.collectives import broadcast_from_main
 from peftbench.errors import UnsupportedModelError
-from peftbench.feature_cache.key import build_cache_key, hash_examples
+from peftbench.feature_cache.key import build_cache_key, hash_encoded_examples
 from peftbench.feature_cache.store import STORAGE_DTYPES, FeatureStore, StoreLayout, describe_store, open_store
 from peftbench.modeling.loss import CausalLMLoss, LabeledLogitsLoss, select_positions
 
@@ -162,7 +162,7 @@ def open_feature_cache(
         tqdm.write(message, file=sys.stderr)
 
     def open_on_main() -> tuple[dict[str, Any], StoreLayout, torch.Tensor]:
-        examples_hash, label_counts = hash_examples(batches.dataset)
+        examples_hash, label_counts = hash_encoded_examples(batches.dataset)
         cache_key = build_cache_key(recipe, base, examples_hash, accelerator.device, uses_masks=loss.uses_masks)
         layout = StoreLayout(label_counts, loss.head.get_parameter("weight").shape[-1], dtype)
         return cache_key, layout, open_store(cache_key, layout, log).completed_mask()

@@ -66,7 +66,7 @@ def hash_backbone(base: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def hash_examples(examples: EncodedExamples) -> tuple[str, torch.Tensor]:
+def hash_encoded_examples(examples: EncodedExamples) -> tuple[str, torch.Tensor]:
     """Return a hash of all token ids and label spans, and the number of labeled positions per example (int64)."""
     digest = hashlib.blake2b(digest_size=16)
     counts: list[int] = []

@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from peftbench.common.filesystem import CACHE_DIR_ENV, cache_dir, write_atomically, write_error
 from peftbench.common.units import format_bytes
+from peftbench.data.cache_usage import FEATURES_FOLDER
 from peftbench.errors import DiskFullError, OutputError
 
 StorageDtype = Literal["fp32", "bf16"]
@@ -159,7 +160,7 @@ def hash_cache_key(cache_key: Mapping[str, Any]) -> str:
 
 def get_store_dir(cache_key: Mapping[str, Any]) -> Path:
     """Return the store's folder in the user's cache."""
-    return cache_dir() / "feature_cache" / hash_cache_key(cache_key)
+    return cache_dir() / FEATURES_FOLDER / hash_cache_key(cache_key)
 
 
 def open_store(cache_key: Mapping[str, Any], layout: StoreLayout, log: Callable[[str], None]) -> FeatureStore:

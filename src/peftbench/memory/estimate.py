@@ -14,6 +14,7 @@ from peftbench.errors import EstimateUnavailableError, PrecisionError
 from peftbench.evaluation.metrics.selection import generates_text
 from peftbench.memory.allocator import OutOfMemoryError
 from peftbench.memory.families import with_bundled_config
+from peftbench.memory.label_counts import LabelCount, count_labeled_tokens
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.plan import Plan, Verdict
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from peftbench.memory.simulation.device import DeviceType
     from peftbench.profiler.memory_breakdown import MemoryEvent
     from peftbench.recipe.schema import Recipe
-
-
-MIN_LABELED_TOKENS = 64
-"""Minimum of labeled tokens per row: reference summaries may be longer than evaluate.max_new_tokens."""
 
 
 def estimate(
@@ -57,8 +54,8 @@ def estimate(
         unpaged, facts.capability, accumulation, has_padding=rows > 1, launch_config=launch_config
     )
     width = _max_sequence_length(recipe, simulation.max_positions)
-    labels = width - 1 if recipe.task.labels_whole_row else max(recipe.evaluate.max_new_tokens, MIN_LABELED_TOKENS)
-    labels = min(labels, width - 1)
+    label_count = count_labeled_tokens(recipe, width)
+    labels = label_count.tokens
     flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.dp_world_size), width, labels)
     _simulate_phases(simulation, recipe, rows, width, labels)
     events = list(simulation.memory_tracker.iter_events())
@@ -91,7 +88,7 @@ def estimate(
         budget_bytes=budget_bytes,
         verdict=verdict,
         margin_bytes=margin,
-        notes=(*_build_notes(recipe, facts, width, labels, paged_bytes), *simulation.notes),
+        notes=(*_build_notes(recipe, facts, width, label_count, paged_bytes), *simulation.notes),
     )
 
 
@@ -217,11 +214,11 @@ def _decide_verdict(
 
 
 def _build_notes(
-    recipe: Recipe, facts: DeviceFacts, sequence_length: int, labeled_tokens: int, paged_bytes: int
+    recipe: Recipe, facts: DeviceFacts, sequence_length: int, labels: LabelCount, paged_bytes: int
 ) -> tuple[str, ...]:
     notes = [
         f"assumes rows of {sequence_length} tokens (the limit of data.max_length or the model) with "
-        f"{labeled_tokens} labeled tokens (evaluate.max_new_tokens, at least {MIN_LABELED_TOKENS})"
+        f"{labels.tokens} labeled tokens ({labels.source})"
     ]
     if paged_bytes:
         notes.append(f"the driver can page out up to {format_bytes(paged_bytes)} of optimizer state to host memory")

@@ -3,7 +3,8 @@
 On CUDA, the limit is torch's per-process memory fraction: the budget minus the context and workspaces of the process.
 On CPU, the limit is ``RLIMIT_DATA`` (setrlimit(2)): the data size before the model is loaded plus the budget. Libraries
 are imported before that. glibc is set to return freed blocks to the system, or its cache would count against the
-budget.
+budget, and its free blocks are taken, or tensors in them would not count. Arrow's memory pool is part of the data size
+before: rows in Arrow tables count only beyond the pool's size, and tensors never use it.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # stacks of loader threads count as data
     _import_libraries()
     gc.collect()  # garbage from earlier would raise the limit
-    _disable_malloc_caching()
+    heap_blocks = _disable_malloc_caching()
     before = read_proc_status_bytes("VmData") or 0
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = before + budget_bytes
@@ -109,7 +110,7 @@ def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
         budget_bytes,
         budget_bytes,
         lambda: (read_proc_status_bytes("VmData") or before) - before,
-        lambda: resource.setrlimit(resource.RLIMIT_DATA, (soft, hard)),
+        lambda: _release_cpu_memory((soft, hard), heap_blocks),
     )
 
 
@@ -149,10 +150,39 @@ def _import_libraries() -> None:
     optimizer.step()
 
 
-def _disable_malloc_caching() -> None:
-    """Make glibc map and unmap each large block; by default it caches blocks of up to 32 MiB."""
+def _disable_malloc_caching() -> list[int]:
+    """Make glibc map and unmap each large block; by default it caches blocks of up to 32 MiB.
+
+    Returns the addresses of the blocks that were free in its heap and are large enough for a mapped block; they are
+    taken, and their pages are not resident.
+    """
+    blocks: list[int] = []
     with suppress(OSError, AttributeError):  # not glibc
-        library = ctypes.CDLL("libc.so.6")
+        library = _load_libc()
         library.mallopt(_M_MMAP_THRESHOLD, CpuPages.MMAP_THRESHOLD)
         library.mallopt(_M_TRIM_THRESHOLD, CpuPages.MMAP_THRESHOLD)
         library.malloc_trim(0)
+        block = library.malloc(CpuPages.MMAP_THRESHOLD)
+        while block is not None and not _is_mapped(block):
+            blocks.append(block)
+            block = library.malloc(CpuPages.MMAP_THRESHOLD)
+        library.free(block)
+    return blocks
+
+
+def _is_mapped(block: int) -> bool:
+    """Return whether a block of glibc has its own pages: bit 1 of the size before it."""
+    return bool(ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2)
+
+
+def _release_cpu_memory(limits: tuple[int, int], heap_blocks: list[int]) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, limits)
+    while heap_blocks:
+        _load_libc().free(heap_blocks.pop())
+
+
+def _load_libc() -> ctypes.CDLL:
+    library = ctypes.CDLL("libc.so.6")
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    library.free.argtypes = (ctypes.c_void_p,)
+    return library

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Union
 from pydantic import Field
 
 from peftbench.methods.base import Method
-from peftbench.methods.baselines import Lead, ZeroShot
+from peftbench.methods.baselines import FewShot, Lead, Majority, ZeroShot
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
@@ -22,6 +22,8 @@ METHODS: dict[str, type[Method]] = {
 
 BASELINES: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,
+    "few_shot": FewShot,
+    "majority": Majority,
     "lead": Lead,
 }
 

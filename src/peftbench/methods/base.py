@@ -7,9 +7,10 @@ its class; no code outside this folder tests which method it has.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from peftbench.common.schema import ConfigSection
 
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+class Target(NamedTuple):
+    """Expected or predicted text of an example; for a task with choices also the index of the choice."""
+
+    text: str
+    choice: int | None = None
+
+
+Predictor = Callable[[str, Sequence[str]], Target]
+"""Takes a prompt and its choices (none for tasks without choices)."""
+
+
 class Method(ConfigSection):
     """A method's options. Each subclass gives ``kind`` a literal type, by which a recipe selects it."""
 
@@ -26,6 +38,8 @@ class Method(ConfigSection):
     """True if it trains anything; False for baselines."""
     needs_model: ClassVar[bool] = True
     """True if it uses the base model; False for baselines that only copy text."""
+    reads_training_split: ClassVar[bool] = False
+    """True for a baseline that reads the training split though it trains nothing."""
     keeps_base_frozen: ClassVar[bool] = False
     """True if the base model's matrices and embeddings stay as loaded, and what is trained is added to them."""
     supports_quantized_base: ClassVar[bool] = False
@@ -106,9 +120,7 @@ class Method(ConfigSection):
 
     def save(self, model: nn.Module, save_directory: Path) -> None:
         """Save the trained parameters as safetensors in ``save_directory``, in the format of peft or transformers."""
-        with warnings.catch_warnings():
-            # peft looks for a resized vocabulary in a base model's config.json, which the folder of a run lacks.
-            warnings.filterwarnings("ignore", message="Could not find a config file in")
+        with _without_config_warning():
             model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
 
     def load(self, model: nn.Module, save_directory: Path) -> None:
@@ -127,15 +139,33 @@ class Method(ConfigSection):
 
         weights = load_peft_weights(str(save_directory), device="cpu")
         set_peft_model_state_dict(model, weights)
-        if difference := sorted(weights.keys() ^ get_peft_model_state_dict(model).keys()):
+        with _without_config_warning():
+            expected = get_peft_model_state_dict(model)
+        if difference := sorted(weights.keys() ^ expected.keys()):
             raise ModelError(
                 f"{save_directory} and this {self.kind} have different weights: only one of them has {difference[0]}",
                 "train again",
             )
 
-    def extract_output(self, prompt: str) -> str | None:
-        """Return the output if the method copies it from the prompt without a model, else None."""
-        return None
+    @property
+    def num_shots(self) -> int:
+        """Number of training examples before each prompt of an evaluation."""
+        return 0
+
+    def build_predictor(self, read_training_targets: Callable[[], list[Target]]) -> Predictor:
+        """Return the function that predicts an example's target without a model.
+
+        ``read_training_targets`` reads the targets of the training split.
+        """
+        raise TypeError(f"{type(self).__name__} predicts with a model")
+
+
+@contextmanager
+def _without_config_warning() -> Iterator[None]:
+    """Hide peft's warning that the folder of a run, as a base model, has no config.json with the vocabulary's size."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        yield
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:

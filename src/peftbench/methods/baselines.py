@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
-from peftbench.methods.base import Method, freeze
+from peftbench.methods.base import Method, Predictor, Target, freeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_T = TypeVar("_T", int, str)
 
 
 class ZeroShot(Method):
@@ -30,6 +35,19 @@ class ZeroShot(Method):
         return base
 
 
+class FewShot(ZeroShot):
+    """The base model as loaded, with examples of the training split before each prompt."""
+
+    kind: Literal["few_shot"] = "few_shot"  # type: ignore[assignment]
+    """Kind of method."""
+    shots: int = Field(default=4, gt=0)
+    """Number of training examples before each prompt; the same ones for all."""
+
+    @property
+    def num_shots(self) -> int:
+        return self.shots
+
+
 class Lead(Method):
     """The first sentences of the prompt, the strongest simple baseline on news (See et al. 2017 copy three)."""
 
@@ -41,7 +59,41 @@ class Lead(Method):
     sentences: int = Field(default=3, gt=0)
     """Number of sentences to copy."""
 
-    def extract_output(self, prompt: str) -> str:
+    def build_predictor(self, read_training_targets: Callable[[], list[Target]]) -> Predictor:
         from peftbench.data.sentences import split_prose_sentences
 
-        return " ".join(split_prose_sentences(prompt)[: self.sentences])
+        def predict(prompt: str, choices: Sequence[str]) -> Target:
+            return Target(" ".join(split_prose_sentences(prompt)[: self.sentences]))
+
+        return predict
+
+
+class Majority(Method):
+    """The most frequent answer of the training split, whatever the prompt: the floor for classification."""
+
+    is_trainable: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
+    reads_training_split: ClassVar[bool] = True
+
+    kind: Literal["majority"] = "majority"
+    """Kind of method."""
+
+    def build_predictor(self, read_training_targets: Callable[[], list[Target]]) -> Predictor:
+        targets = read_training_targets()
+        text = _find_most_common([target.text for target in targets])
+        positions = [target.choice for target in targets if target.choice is not None]
+
+        def predict(prompt: str, choices: Sequence[str]) -> Target:
+            known = [position for position in positions if position < len(choices)]
+            if not choices:
+                return Target(text)
+            index = _find_most_common(known) if known else 0
+            return Target(choices[index], index)
+
+        return predict
+
+
+def _find_most_common(values: Sequence[_T]) -> _T:
+    """Return the most frequent value; of several, the smallest, so that the order of the examples does not matter."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value))  # type: ignore[return-value, arg-type]

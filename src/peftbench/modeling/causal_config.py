@@ -38,7 +38,8 @@ def select_causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if not isinstance(text_config, PreTrainedConfig) or has_own_code:
         return config
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if model_class is None or model_class.config_class is type(config):
+    is_loadable = type(text_config) in AutoModelForCausalLM._model_mapping
+    if model_class is None or model_class.config_class is type(config) or not is_loadable:
         raise UnsupportedModelError(
             f"{kind} is multimodal, and transformers cannot load its text model (text_config in config.json) on its "
             "own; save the text model separately and set model.path to that folder"
@@ -47,3 +48,8 @@ def select_causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
         text_config.quantization_config = config.quantization_config
         text_config.dtype = text_config.dtype or config.dtype
     return text_config
+
+
+def is_part_of_multimodal(config: PreTrainedConfig) -> bool:
+    """Return whether ``config`` is that of a text model whose folder can have weights for images and sound as well."""
+    return getattr(config, "base_config_key", "") == "text_config" or config.model_type.endswith("_text")

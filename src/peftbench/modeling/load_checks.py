@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _OLD_BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
 """Buffers that older versions of transformers saved, and that a model computes itself."""
 
+_WRAPPERS = {"model", "language_model", "text_model"}
+"""Names of modules around the parts of a text model."""
+
 
 def check_vocabulary(num_tokens: int, model: PreTrainedModel, path: str) -> None:
     """Check that the embedding has a row for each token. ``model`` may be on the meta device.
@@ -99,6 +102,32 @@ def check_all_used(unexpected: Iterable[str], path: str) -> None:
             f"the weights in {path} have {len(unused):,} tensors that config.json does not describe, e.g. {unused[0]}",
             "restore the config.json that belongs to the weights",
         )
+
+
+def select_text_weights(names: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Return the names that belong to the text model ``model`` in the files of a multimodal one."""
+    parts = set(map(_find_part, model.state_dict()))
+    return [name for name in names if _find_part(name) in parts]
+
+
+def _find_part(name: str) -> str:
+    """Return the part of a text model in a weight's name, e.g. "layers" in "language_model.model.layers.0.norm"."""
+    return next((key for key in name.split(".") if key not in _WRAPPERS), "")
+
+
+def repair_tied_config(model: PreTrainedModel) -> str | None:
+    """Set ``tie_word_embeddings`` of a config to what was loaded; return a note if it was wrong.
+
+    transformers ties the head to the embedding only if the weights have no head of their own, or an equal one.
+    """
+    untied = model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys()
+    if not untied:
+        return None
+    model.config.tie_word_embeddings = False
+    return (
+        f"config.json ties {min(untied)} to the embedding, but the weights have other values for it: "
+        "they were loaded, and the two are not tied"
+    )
 
 
 @cache

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftbench import shipped
+from peftbench.common.fingerprint import hash_file
 from peftbench.common.text import first_line
 from peftbench.errors import (
     HubUnreachableError,
@@ -18,7 +21,7 @@ from peftbench.errors import (
 )
 from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.attention_implementation import check_attention
-from peftbench.modeling.causal_config import select_causal_config
+from peftbench.modeling.causal_config import is_part_of_multimodal, select_causal_config
 from peftbench.modeling.config_faults import build_config_error, config_faults, describe_fault, find_size_fault
 from peftbench.modeling.dropout import find_remaining_dropout, set_dropout
 from peftbench.modeling.generation import repair_generation_config
@@ -31,7 +34,15 @@ from peftbench.modeling.gguf_file import (
     remove_gguf_marks,
     split_gguf_path,
 )
-from peftbench.modeling.load_checks import check_all_used, check_finite, check_tokenizer, check_vocabulary, count_tokens
+from peftbench.modeling.load_checks import (
+    check_all_used,
+    check_finite,
+    check_tokenizer,
+    check_vocabulary,
+    count_tokens,
+    repair_tied_config,
+    select_text_weights,
+)
 from peftbench.modeling.model_folder import (
     check_model_folder,
     check_tokenizer_folder,
@@ -54,6 +65,8 @@ if TYPE_CHECKING:
 
 _GGUF_HINT = "download it again, or set model.path to a copy of the model in safetensors"
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
+_NEUTRAL_CONFIG_KEYS = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+"""Keys of config.json that change no number of a run: it has dtypes and caching of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,8 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+    config_fingerprint: str | None = None
+    """Hash of the config.json of a local folder; None for a model of the Hub, whose commit is its fingerprint."""
     notes: tuple[str, ...] = ()
     """Notes for the record."""
 
@@ -174,11 +189,20 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
         fuse_gelu(model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
-    notes = [find_remaining_dropout(model, model_config.dropout), repair_generation_config(model)]
+    notes = [
+        repair_tied_config(model),
+        find_remaining_dropout(model, model_config.dropout),
+        repair_generation_config(model),
+    ]
     if is_gguf_path(resolve_model_path(model_config)) and model_config.init == "pretrained":
         notes.append(describe_conversion(resolve_model_path(model_config)))
-    fingerprint = compute_model_fingerprint(model.config, model_config)
-    return LoadedModel(model, tokenizer, fingerprint, tuple(note for note in notes if note is not None))
+    return LoadedModel(
+        model,
+        tokenizer,
+        compute_model_fingerprint(model.config, model_config),
+        compute_config_fingerprint(model_config),
+        tuple(note for note in notes if note is not None),
+    )
 
 
 def _add_training(base: LoadedModel, run: RunBase) -> LoadedModel:
@@ -189,7 +213,7 @@ def _add_training(base: LoadedModel, run: RunBase) -> LoadedModel:
     """
     loaded = base
     if run.has_adapter:
-        run.check_base(base.fingerprint)
+        run.check_base(base.fingerprint, base.config_fingerprint)
         fingerprint = run.extend_fingerprint(base.fingerprint)
         loaded = replace(base, model=merge_adapter(base.model, run), fingerprint=fingerprint)
         name_by_run(loaded.model, run)
@@ -261,8 +285,10 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
             disable_cpu_repacking(model)
         if missing := sorted(report["missing_keys"]):  # transformers only warns and initializes them randomly
             raise ValueError(f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
-        if getattr(config, "base_config_key", "") != "text_config":  # the rest of a multimodal model is not loaded
-            check_all_used(report["unexpected_keys"], resolve_model_path(model_config))
+        unexpected = report["unexpected_keys"]
+        if is_part_of_multimodal(config):  # the other parts are not loaded
+            unexpected = select_text_weights(unexpected, model)
+        check_all_used(unexpected, path)
     except ImportError as error:
         if quantization is not None:
             raise UnsupportedModelError(
@@ -309,10 +335,27 @@ def compute_model_fingerprint(config: PreTrainedConfig, model_config: Model) -> 
         return f"commit {commit}"
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(resolve_model_path(model_config)).glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        hash_file(digest, path)
     return f"blake2b {digest.hexdigest()}"
+
+
+def compute_config_fingerprint(model_config: Model) -> str | None:
+    """Return the hash of the values in a local folder's config.json that can change a number; None without one."""
+    if (run := find_run_base(model_config)) is not None:
+        return compute_config_fingerprint(run.select_weights(model_config))
+    content = read_config_file(resolve_model_path(model_config))
+    if not content:
+        return None
+    text = json.dumps(_drop_neutral_config_keys(content), sort_keys=True)
+    return f"blake2b {hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+
+
+def _drop_neutral_config_keys(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _drop_neutral_config_keys(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key not in _NEUTRAL_CONFIG_KEYS
+    }
 
 
 def resolve_model_path(model_config: Model) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from peftbench.common.fingerprint import may_be_equal
 from peftbench.errors import MergeError, ModelError, ModelNotFoundError, OutOfRangeError, RecordError
 from peftbench.methods import METHOD_KINDS
 from peftbench.modeling.gguf_file import compute_file_hash
@@ -103,13 +104,14 @@ class RunBase:
                 _MERGED_COPY.format(run=self.folder),
             )
 
-    def check_base(self, fingerprint: str) -> None:
-        """Check that the adapter's base has the fingerprint that it had in training.
+    def check_base(self, fingerprint: str, config_fingerprint: str | None) -> None:
+        """Check that the adapter's base has the fingerprints that it had in training.
 
         Raises:
             ModelError: it has another.
         """
-        if fingerprint != self.record.model_fingerprint:
+        is_same_config = may_be_equal(config_fingerprint, self.record.model_config_fingerprint)
+        if fingerprint != self.record.model_fingerprint or not is_same_config:
             raise ModelError(
                 f"the base model of the run {self.folder} has changed since the run was trained on it",
                 "train again, or restore the base model",

@@ -36,6 +36,14 @@ class _PeakScope:
 
 
 @dataclass
+class ExcludedSection:
+    """A section that no measurement of the training includes."""
+
+    seconds: float = 0.0
+    """Duration, known after the section."""
+
+
+@dataclass
 class Probe:
     """Measures a run. The loop calls ``step``, ``part`` and ``paused``, and never reads a clock."""
 
@@ -43,7 +51,7 @@ class Probe:
     energy_meter: EnergyMeter = field(default_factory=NoEnergy)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     phase_joules: dict[str, float] = field(default_factory=dict)
-    """Energy of each phase including pauses, if known."""
+    """Energy of each phase including pauses without excluded sections, if known."""
     step_seconds: list[float] = field(default_factory=list)
     timed_mask: list[bool] = field(default_factory=list)
     """True for each step that counts; warm-up steps do not."""
@@ -54,6 +62,7 @@ class Probe:
     no peaks per part."""
     current_phase: str | None = None
     current_step_part: str | None = None
+    _excluded_joules: float = 0.0
     _paused_seconds: float = 0.0
     _is_paused: bool = False
     _phase_start: float = 0.0
@@ -80,7 +89,7 @@ class Probe:
         self.on_phase(name)
         outer, paused = self.current_phase, self._paused_seconds
         self.current_phase = name
-        joules = self._phase_joules_start = self.energy_meter.read_joules()
+        joules = self._phase_joules_start = self._read_joules()
         if outer is None and name != "train":  # the cache of earlier phases does not count here
             self.memory_meter.empty_cache()
         with self._record_peak(name, self.memory):
@@ -92,7 +101,7 @@ class Probe:
             finally:
                 seconds = self._read_clock() - start - (self._paused_seconds - paused)
                 self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
-                if joules is not None and (now := self.energy_meter.read_joules()) is not None:
+                if joules is not None and (now := self._read_joules()) is not None:
                     self.phase_joules[name] = self.phase_joules.get(name, 0.0) + now - joules
                 memory = Memory(process_bytes=self.memory_meter.read_process_bytes())
                 self.memory[name] = max_memory(self.memory.get(name), memory)
@@ -174,7 +183,7 @@ class Probe:
         if (phase := self.current_phase) is not None:  # still running
             now = self._read_clock() - self._phase_start - (self._paused_seconds - self._paused_seconds_at_phase_start)
             seconds[phase] = seconds.get(phase, 0.0) + now
-            if self._phase_joules_start is not None and (now_joules := self.energy_meter.read_joules()) is not None:
+            if self._phase_joules_start is not None and (now_joules := self._read_joules()) is not None:
                 joules[phase] = joules.get(phase, 0.0) + now_joules - self._phase_joules_start
         for scope in self._open_scopes:
             if scope.peak is not None:
@@ -208,6 +217,25 @@ class Probe:
             yield
         finally:
             self.memory_meter.lap()
+
+    @contextmanager
+    def excluded(self, name: str) -> Iterator[ExcludedSection]:
+        """Exclude a section in a pause from energy and memory peaks too, e.g. an evaluation between two steps.
+
+        What the section adds to the allocator's cache is released after it. On an error the current phase is ``name``,
+        for the outcome.
+        """
+        section, outer, joules = ExcludedSection(), self.current_phase, self.energy_meter.read_joules()
+        start, in_use = self._read_clock(), self.memory_meter.read_in_use_bytes()
+        with self.exclude_memory():
+            self.current_phase = name
+            yield section
+            self.current_phase = outer
+            if in_use is not None and (self.memory_meter.read_in_use_bytes() or 0) > in_use:
+                self.memory_meter.empty_cache()
+        section.seconds = self._read_clock() - start
+        if joules is not None and (now := self.energy_meter.read_joules()) is not None:
+            self._excluded_joules += now - joules
 
     def load_state_dict(self, state_dict: dict[str, Any], *, with_measurements: bool = True) -> None:
         """Add the measurements of the run that this process resumes: seconds and joules add up, peaks take the maximum.
@@ -267,6 +295,11 @@ class Probe:
         for scope in () if self._is_paused else self._open_scopes:
             scope.peak = max_memory(scope.peak, lap)
         return lap
+
+    def _read_joules(self) -> float | None:
+        """Return the joules so far without excluded sections, None if unknown."""
+        joules = self.energy_meter.read_joules()
+        return None if joules is None else joules - self._excluded_joules
 
     def _read_clock(self) -> float:
         if self.device.type == "cuda":

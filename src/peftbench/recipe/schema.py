@@ -8,12 +8,13 @@ files set where a run executes, never what it computes.
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from peftbench.common.fingerprint import EVALUATION_KEYS, MEASUREMENT_KEYS, exclude_keys, fingerprint_recipe
+from peftbench.common.fingerprint import fingerprint_measured_training, fingerprint_recipe, fingerprint_training
 from peftbench.common.schema import ConfigSection, PathText
 from peftbench.common.units import parse_size
 from peftbench.data.sources import AnySource
@@ -65,7 +66,7 @@ class Data(ConfigSection):
     """Examples, and how they are tokenized and padded."""
 
     source: AnySource
-    """Where the examples are: docstrings, files, hub or synthetic."""
+    """Place of the examples: docstrings, files, hub or synthetic."""
     train: int | None = Field(default=None, gt=0)
     """Number of examples sampled from the training split, with data.seed; null: all."""
     validation: int | None = Field(default=None, gt=0)
@@ -190,6 +191,44 @@ class Evaluate(ConfigSection):
     """Number of bootstrap resamples for each 95 % interval."""
     saved_samples: int = Field(default=5, ge=0)
     """Number of generated texts saved in the record, with prompt and reference."""
+    interval: PositiveInt | str | None = None
+    """Evaluate the validation split during training every N steps, or e.g. 0.5ep (epochs); null: never."""
+    interval_metrics: bool = False
+    """Also generate at each evaluation of evaluate.interval and record the means of the metrics; slow."""
+    general_text: PathText | None = None
+    """Text whose loss shows forgetting: "shipped", or a .txt file; null: none. Measured before and after training."""
+
+    @field_validator("interval", mode="before")
+    @classmethod
+    def _check_interval(cls, value: object) -> object:
+        is_steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        is_epochs = (
+            isinstance(value, str)
+            and re.fullmatch(r"\d{1,9}(\.\d{1,9})?ep", value, re.ASCII) is not None
+            and Fraction(value.removesuffix("ep")) > 0
+        )
+        if not (value is None or is_steps or is_epochs):
+            raise ValueError("must be a number of steps, e.g. 50, a part of an epoch, e.g. 0.5ep, or null")
+        return value
+
+    @field_validator("general_text")
+    @classmethod
+    def _check_general_text(cls, value: str | None) -> str | None:
+        if value is not None and value != "shipped" and not value.endswith(".txt"):
+            raise ValueError('must be "shipped", the path of a .txt file, or null')
+        return value
+
+    @model_validator(mode="after")
+    def _check_interval_metrics(self) -> Evaluate:
+        if self.interval_metrics and (self.interval is None or self.metrics == ()):
+            raise ValueError("interval_metrics=true needs evaluate.interval and metrics")
+        return self
+
+    def count_interval_steps(self, num_examples: int, global_batch_size: int) -> int | None:
+        """Return ``interval`` in optimizer steps, at least 1; None if nothing is evaluated during training."""
+        if not isinstance(self.interval, str):
+            return self.interval
+        return max(1, round(Fraction(self.interval.removesuffix("ep")) * num_examples / global_batch_size))
 
 
 class Profile(ConfigSection):
@@ -242,6 +281,25 @@ class Checkpoint(ConfigSection):
     """Save the full training state every N steps; null: never."""
     keep_latest: int = Field(default=2, gt=0)
     """Number of latest checkpoints to keep. All are deleted when the run succeeds."""
+    keep_best: bool = False
+    """Save and evaluate the weights with the lowest held-out loss (see evaluate.interval) instead of the last ones."""
+
+
+class EarlyStopping(ConfigSection):
+    """End the training before its last step when the held-out loss of evaluate.interval no longer falls."""
+
+    patience: int | None = Field(default=None, gt=0)
+    """Evaluations in a row without improvement after which the training ends; null: never."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """Decrease in nats below the lowest loss so far that counts as an improvement, if greater than this."""
+    allow_unequal_steps: bool = False
+    """Allow patience in a suite of several runs, which may then train for different numbers of steps."""
+
+    @model_validator(mode="after")
+    def _check_min_delta(self) -> EarlyStopping:
+        if self.min_delta and self.patience is None:
+            raise ValueError("min_delta needs early_stopping.patience; set both or neither")
+        return self
 
 
 class Recipe(ConfigSection):
@@ -258,7 +316,7 @@ class Recipe(ConfigSection):
     data: Data
     """Examples, and how they are tokenized and padded."""
     task: AnyTask = Auto()
-    """What an example is, which of its tokens are labeled, and what is generated."""
+    """Task: format of an example, its labels, the generated text and its metrics."""
     optimizer: AnyOptimizer = AdamW()
     """Optimizer of the trained parameters."""
     schedule: Schedule = Schedule()
@@ -273,6 +331,8 @@ class Recipe(ConfigSection):
     """Memory limit to enforce on a larger device."""
     checkpoint: Checkpoint = Checkpoint()
     """Checkpoints from which a stopped run resumes."""
+    early_stopping: EarlyStopping = EarlyStopping()
+    """End of the training when the held-out loss no longer falls."""
     save_model: bool = True
     """Save the trained weights in <output_dir>/<name>/model, in the format of transformers or peft."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab"], ...] = ()
@@ -331,6 +391,20 @@ class Recipe(ConfigSection):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_selection_interval(self) -> Recipe:
+        if self.selects_by_held_out_loss and self.evaluate.interval is None:
+            key = "checkpoint.keep_best=true" if self.checkpoint.keep_best else "early_stopping.patience"
+            raise ValueError(
+                f"{key} needs the held-out loss during training; set evaluate.interval, e.g. evaluate.interval=50"
+            )
+        return self
+
+    @property
+    def selects_by_held_out_loss(self) -> bool:
+        """True if the held-out loss during training decides which weights are saved, or after how many steps."""
+        return self.checkpoint.keep_best or self.early_stopping.patience is not None
+
     @property
     def has_auto_settings(self) -> bool:
         """True if a key is ``auto`` whose meaning depends on the device and changes numbers."""
@@ -347,9 +421,8 @@ class Recipe(ConfigSection):
 
     def fingerprint_training(self) -> str:
         """Return the hash of every key that can change a trained weight. A checkpoint belongs to it."""
-        neutral = exclude_keys(*EVALUATION_KEYS, *MEASUREMENT_KEYS)
-        return fingerprint_recipe(self.model_dump(mode="json"), neutral)
+        return fingerprint_training(self.model_dump(mode="json"))
 
     def fingerprint_measured_training(self) -> str:
         """Return the hash of every key that can change a trained weight or a measurement of the training."""
-        return fingerprint_recipe(self.model_dump(mode="json"), exclude_keys(*EVALUATION_KEYS))
+        return fingerprint_measured_training(self.model_dump(mode="json"))

@@ -3,6 +3,7 @@
 Sizes are in bytes, times in seconds. An unknown value is None, never a guess.
 """
 
+from peftbench.record.held_out_curve import Forgetting, HeldOutCurve, HeldOutPoint
 from peftbench.record.measurements import (
     Compute,
     CountedStep,
@@ -46,6 +47,9 @@ __all__ = [
     "Device",
     "Engine",
     "Flops",
+    "Forgetting",
+    "HeldOutCurve",
+    "HeldOutPoint",
     "Interval",
     "Memory",
     "MemoryBreakdown",

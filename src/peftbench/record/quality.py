@@ -29,12 +29,12 @@ PERCENT = "%"
 
 
 class ScoreDefinition(RecordModel):
-    """What a score means and how it is shown. A record has it, so that reports need no metric."""
+    """Meaning and format of a score. A record has it, so that reports need no metric."""
 
     title: str
     """Name in tables and sentences, e.g. exact match."""
     description: str = ""
-    """What is computed, without a period; the definition of the table's column."""
+    """Definition for the table's column, without a period."""
     unit: str
     """Unit of the values; the title if the score has no unit of its own, e.g. BLEU."""
     digits: int = Field(ge=0)

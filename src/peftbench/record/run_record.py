@@ -15,6 +15,7 @@ from peftbench.common.filesystem import write_atomically
 from peftbench.common.schema import RecordModel
 from peftbench.common.validation_errors import describe_requirement
 from peftbench.errors import RecordError
+from peftbench.record.held_out_curve import Forgetting, HeldOutCurve
 from peftbench.record.measurements import (
     Compute,
     Device,
@@ -99,6 +100,8 @@ class RunRecord(RecordModel):
     engine: Engine | None = None
     parameters: ParameterCounts | None = None
     model_fingerprint: str | None = None
+    model_config_fingerprint: str | None = None
+    """Hash of a local base model's config.json, without keys that change no number; None if unknown."""
     data_fingerprint: str | None = None
     num_examples: dict[str, int] = Field(default={})
     """Examples used, by split."""
@@ -124,6 +127,12 @@ class RunRecord(RecordModel):
     """Duration of every step, untimed ones included."""
     untimed_steps: int = 0
     """Number of first steps excluded from time, throughput and memory."""
+    stopped_early: bool = False
+    """True if early stopping ended the training after ``steps``, before its last step."""
+    held_out_curve: HeldOutCurve | None = None
+    """Evaluations during training; None without ``evaluate.interval``."""
+    forgetting: Forgetting | None = None
+    """Loss on a general text; None without ``evaluate.general_text``."""
     resumed_after: tuple[int, ...] = ()
     """Steps after which the run was resumed; the first steps after each are untimed too."""
     phase_seconds: dict[str, float] = Field(default={})

@@ -73,7 +73,7 @@ _NEUTRAL_VALUES = {_NEW_KEYS.get(key, key): value for key, value in NEUTRAL_VALU
 """The neutral values under the keys of schema 1."""
 
 
-def upgrade_record(values: dict[str, Any]) -> dict[str, Any]:
+def upgrade_record_v1(values: dict[str, Any]) -> dict[str, Any]:
     """Return a record of schema 1 (parsed JSON) as one of schema 2.
 
     The recipe's fingerprint is recomputed from the renamed keys, but only if the old one matches the old keys.
@@ -92,13 +92,13 @@ def upgrade_record(values: dict[str, Any]) -> dict[str, Any]:
         record[name] = [_rename_each(phases) for phases in record.get(name) or ()]
     record["state_bytes_by_rank"] = [_rename(one, _STATE_BYTES) for one in record.get("state_bytes_by_rank") or ()]
     old_recipe = record.get("recipe") or {}
-    record["recipe"] = upgrade_recipe(old_recipe)
+    record["recipe"] = upgrade_recipe_v1(old_recipe)
     if record.get("recipe_fingerprint") == fingerprint_recipe(old_recipe, _NEUTRAL_VALUES):
         record["recipe_fingerprint"] = fingerprint_recipe(record["recipe"])
     return record
 
 
-def upgrade_recipe(values: dict[str, Any]) -> dict[str, Any]:
+def upgrade_recipe_v1(values: dict[str, Any]) -> dict[str, Any]:
     """Return a resolved recipe of schema 1 with the keys and values of schema 2."""
     recipe = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
     kind = recipe["method"].get("kind") if isinstance(recipe.get("method"), dict) else None

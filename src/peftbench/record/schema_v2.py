@@ -7,7 +7,7 @@ from typing import Any
 from peftbench.common.fingerprint import NEUTRAL_VALUES, fingerprint_recipe
 from peftbench.common.renamed_keys import MOVED_KEYS, REPLACED_SWITCHES, TASK_OF_SCHEMA_2
 
-Values = dict[str, Any]
+_Values = dict[str, Any]
 
 _QUALITY = {"rouge": "metrics", "teacher_forced_argmax_rouge": "teacher_forced_metrics"}
 _PER_EXAMPLE = {"rouge": "metrics"}
@@ -17,7 +17,7 @@ _TITLES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rouge
 _HEADLINE_METRIC = "rougeL"
 
 
-def upgrade_record(values: Values) -> Values:
+def upgrade_record_v2(values: _Values) -> _Values:
     """Return a record of schema 2 (parsed JSON) as one of schema 3.
 
     The recipe's fingerprint is computed again from the new keys, but only if the old one matches the old keys.
@@ -28,13 +28,13 @@ def upgrade_record(values: Values) -> Values:
     if isinstance(record.get("split_overlap"), dict):
         record["split_overlap"] = _rename(record["split_overlap"], _SPLIT_OVERLAP)
     old_recipe = record.get("recipe") or {}
-    record["recipe"] = upgrade_recipe(old_recipe)
+    record["recipe"] = upgrade_recipe_v2(old_recipe)
     if record.get("recipe_fingerprint") == fingerprint_recipe(old_recipe, NEUTRAL_VALUES):
         record["recipe_fingerprint"] = fingerprint_recipe(record["recipe"])
     return record
 
 
-def upgrade_recipe(values: Values) -> Values:
+def upgrade_recipe_v2(values: _Values) -> _Values:
     """Return a resolved recipe of schema 2 with the keys of schema 3."""
     recipe = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
     for old, (new, replacements) in REPLACED_SWITCHES.items():
@@ -65,7 +65,7 @@ def _add_task(recipe: Values) -> Values:
     return recipe | {"task": task}
 
 
-def _upgrade_quality(values: Values) -> Values:
+def _upgrade_quality(values: _Values) -> _Values:
     quality = _rename(values, _QUALITY)
     for name in _QUALITY.values():
         quality[name] = {kind: _upgrade_score(kind, interval) for kind, interval in (quality.get(name) or {}).items()}
@@ -76,7 +76,7 @@ def _upgrade_quality(values: Values) -> Values:
     return quality
 
 
-def _upgrade_score(kind: str, interval: Values) -> Values:
+def _upgrade_score(kind: str, interval: _Values) -> _Values:
     """Return the interval with the definition of its score."""
     title = _TITLES[kind]
     definition = {
@@ -91,5 +91,5 @@ def _upgrade_score(kind: str, interval: Values) -> Values:
     return {"interval": interval, "definition": definition}
 
 
-def _rename(values: Values, names: dict[str, str]) -> Values:
+def _rename(values: _Values, names: dict[str, str]) -> _Values:
     return {names.get(name, name): value for name, value in values.items()}

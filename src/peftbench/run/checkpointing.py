@@ -14,7 +14,9 @@ import torch
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError, TimeLimitError
 from peftbench.optim import OPTIMIZER_LIBRARIES
+from peftbench.record import HeldOutCurve
 from peftbench.record.environment import get_library_versions
+from peftbench.run.best_weights import BestWeights
 from peftbench.run.shutdown import StopRequested
 from peftbench.run_dir.stop_request import STOP_LEAD_ENV
 from peftbench.training.checkpoint import CheckpointManager, CheckpointMetadata
@@ -45,6 +47,10 @@ class TrainingCheckpointer:
             _build_metadata(state, adapted_model),
             state.recipe.checkpoint.keep_latest,
         )
+        self.best_weights: BestWeights | None = None
+        """Weights with the lowest held-out loss, with ``checkpoint.keep_best``."""
+        if state.recipe.checkpoint.keep_best:
+            self.best_weights = BestWeights(state, adapted_model, training, self.checkpoint_manager)
         self.resume_step = 0
         """Steps completed before this process."""
         self.last_saved_step: int | None = None
@@ -62,6 +68,7 @@ class TrainingCheckpointer:
         checkpoint = self.checkpoint_manager.latest()
         state.notes += self.checkpoint_manager.notes
         if checkpoint is None:
+            self._delete_unused_weights()
             if self.checkpoint_manager.notes and state.accelerator.is_main_process:
                 sys.stderr.write(f"note: training starts at step 0: {'; '.join(self.checkpoint_manager.notes)}\n")
             return
@@ -80,13 +87,16 @@ class TrainingCheckpointer:
             raise CheckpointError(problems[0], f"delete {checkpoint.path.parent} to start over")
         state.probe.load_state_dict(saved["probe"], with_measurements=is_measured)
         state.resumed_measurements = saved["measurements"] if is_measured else {}
+        if (curve := saved.get("held_out_curve")) is not None:
+            state.held_out_curve = HeldOutCurve.model_validate(curve)
+        self._delete_unused_weights()
         self.resume_step = self.last_saved_step = progress.completed_steps
         state.resumed_after = [*saved["resumed_after"], self.resume_step]
         if not is_measured:
             difference = (
                 f"on {metadata.world_size} processes"
                 if metadata.world_size != own_metadata.world_size
-                else "with other settings (profile, budget or micro-batch size)"
+                else "with other settings (profile, budget, micro-batch size or evaluate.interval)"
             )
             state.notes.append(
                 f"The first {self.resume_step} steps ran {difference} and are excluded from speed, memory and energy."
@@ -116,6 +126,15 @@ class TrainingCheckpointer:
         if self.state.accelerator.num_processes > 1 and may_be_stopped:
             self.save()
 
+    def restore_best_weights(self) -> None:
+        """Give the model its best weights after the training, with ``checkpoint.keep_best``. Collective.
+
+        Raises:
+            CheckpointError: they are missing or damaged.
+        """
+        if self.best_weights is not None:
+            self.best_weights.restore()
+
     def save(self) -> None:
         """Save a checkpoint of the last step, unless it is saved already. Collective.
 
@@ -131,6 +150,7 @@ class TrainingCheckpointer:
             to_save |= {
                 "probe": state.probe.state_dict(),
                 "resumed_after": state.resumed_after,
+                "held_out_curve": state.held_out_curve.model_dump() if state.held_out_curve else None,
                 "measurements": {
                     "counted_flops": state.get_counted_flops(),
                     "memory_breakdown": breakdown.model_dump() if breakdown else None,
@@ -141,9 +161,16 @@ class TrainingCheckpointer:
             self.save_seconds = time.perf_counter() - start
         self.last_saved_step = step
 
+    def _delete_unused_weights(self) -> None:
+        """Delete best weights of an earlier process that this one does not restore."""
+        if self.best_weights is not None:
+            self.best_weights.delete_unused(self.state.held_out_curve)
+
     def delete_all(self) -> None:
-        """Delete all checkpoints of this training, since its record is written."""
+        """Delete all checkpoints and best weights of this training, since its record is written."""
         self.checkpoint_manager.delete_all()
+        if self.best_weights is not None:
+            self.best_weights.delete_all()
         shutil.rmtree(self.state.run_dir.offload_dir, ignore_errors=True)
 
     def _check_time_limit(self, step: int) -> None:
@@ -157,15 +184,23 @@ class TrainingCheckpointer:
             return
         if steps_done == 2:  # early, so that even a short job makes progress; it also measures the save time
             self.save()
+        points = self.state.held_out_curve.points if self.state.held_out_curve is not None else ()
+        evaluation_seconds = [point.seconds for point in points if point.step > self.resume_step]
+        is_first_evaluation = len(evaluation_seconds) == 1 and points[-1].step == step
         # The first steps are slower than all others: kernels are compiled, instruments are active.
-        if steps_done != max(2, self.state.recipe.profile.untimed_steps + 1):
+        first_checked_step = max(2, self.state.recipe.profile.untimed_steps + 1)
+        if steps_done != first_checked_step and not (steps_done > first_checked_step and is_first_evaluation):
             return
         step_seconds = min(self.state.probe.step_seconds[-2:])
-        seconds = max(all_gather_objects(self.state.accelerator, step_seconds + self.save_seconds))
+        others = f" and its checkpoint {self.save_seconds:.1f} s"
+        if evaluation_seconds:
+            others = f", its evaluation {max(evaluation_seconds):.1f} s{others}"
+        own_seconds = step_seconds + max(evaluation_seconds, default=0.0) + self.save_seconds
+        seconds = max(all_gather_objects(self.state.accelerator, own_seconds))
         if seconds > float(lead):
             raise TimeLimitError(
-                f"a step takes {step_seconds:.1f} s and its checkpoint {self.save_seconds:.1f} s, but the job "
-                f"receives its stop signal only {lead} s before the time limit",
+                f"a step takes {step_seconds:.1f} s{others}, but the job receives its stop signal only {lead} s before "
+                "the time limit",
                 f"send it earlier, e.g. slurm.signal=B:USR1@{2 * math.ceil(seconds)}",
             )
 
@@ -185,10 +220,11 @@ def _build_metadata(state: RunState, adapted_model: AdaptedModel) -> CheckpointM
         for name, version in get_library_versions(OPTIMIZER_LIBRARIES).items()
         if name not in data_libraries
     }
+    base = adapted_model.base
     return CheckpointMetadata(
         state.requested_recipe.fingerprint_training(),
         state.requested_recipe.fingerprint_measured_training(),
-        str(adapted_model.base.fingerprint),
+        " ".join(filter(None, (base.fingerprint, base.config_fingerprint))),
         str(state.training_data_fingerprint),
         state.engine.name,
         state.accelerator.num_processes,

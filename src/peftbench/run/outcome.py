@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftbench.errors import PeftbenchError, RecordError
+from peftbench.errors import OutputError, PeftbenchError, RecordError
 from peftbench.profiler.memory import max_over_ranks
 from peftbench.record import EXIT_CODES, Memory, Outcome, RunRecord, read_record
 from peftbench.run.rank_measurements import RankMeasurements
@@ -77,7 +77,7 @@ class OutcomeHandler:
         record, path = self._write_record(outcome)
         if error is not None:
             raise error
-        self._end_trackers(outcome)
+        record = self._end_trackers(record)
         if not self.state.accelerator.is_main_process:
             self.failure_channel.wait_for_record()
         return record, path
@@ -241,11 +241,24 @@ class OutcomeHandler:
             self.state.gather_rank_measurements()
         return self.state.rank_measurements or RankMeasurements()
 
-    def _end_trackers(self, outcome: Outcome) -> None:
+    def _end_trackers(self, record: RunRecord) -> RunRecord:
+        """End the trackers; return the record, written again if one of them failed, with the note about it.
+
+        The record is written before that, since a tracker may wait for its server.
+        """
+        notes = self.state.notes
+        num_notes = len(notes)
         if self.state.trackers is not None:
             self.state.trackers.finish()
-        if outcome.kind == "ok" or not self.failure_channel.is_distributed:  # else it waits for a rank that has ended
+        if len(notes) > num_notes and self.record_path is not None:
+            record = record.model_copy(update={"notes": (*record.notes, *notes[num_notes:])})
+            with suppress(OutputError):  # the first one stays, and the note is on stderr
+                record.write(self.state.run_dir.path)
+        if (
+            record.outcome.kind == "ok" or not self.failure_channel.is_distributed
+        ):  # else it waits for a rank that has ended
             self.state.accelerator.end_training()
+        return record
 
 
 def resolve_error(error: Exception, record_path: Path | None) -> tuple[Outcome, int]:

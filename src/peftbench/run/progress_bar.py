@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from peftbench.common.units import format_bytes
 
 if TYPE_CHECKING:
+    from peftbench.record import HeldOutCurve
     from peftbench.training.callbacks import StepInfo
 
 _RATE_WINDOW_STEPS = 20
@@ -26,7 +27,7 @@ _RESERVED_COLUMNS = 68
 
 
 class ProgressBar:
-    """Step, loss, real tokens per second, memory and time left of one training. A step callback and a context manager.
+    """Step, losses, real tokens per second, memory and time left of one training. A callback and a context manager.
 
     Writes nothing and reads no memory if standard error is not a terminal.
     """
@@ -53,6 +54,7 @@ class ProgressBar:
             miniters=1,
             disable=None if enabled else True,
         )
+        self._held_out_loss: float | None = None
         self._token_history: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=_RATE_WINDOW_STEPS + 1)
 
     def __enter__(self) -> ProgressBar:
@@ -71,15 +73,30 @@ class ProgressBar:
         (start, _), *later = self._token_history
         rate = sum(tokens for _, tokens in later) / max(later[-1][0] - start, 1e-9)
         self._bar.set_postfix_str(
-            format_metrics(info.loss, rate, self._read_memory_bytes(), self._budget_bytes), refresh=False
+            format_metrics(info.loss, rate, self._read_memory_bytes(), self._budget_bytes, self._held_out_loss),
+            refresh=False,
         )
         self._bar.update()
 
+    def after_evaluation(self, curve: HeldOutCurve) -> None:
+        """Show the last held-out loss from the next step on; its duration is in no rate."""
+        self._held_out_loss = curve.points[-1].loss
+        pause = curve.points[-1].seconds
+        shifted = [(seconds + pause, tokens) for seconds, tokens in self._token_history]
+        self._token_history = deque(shifted, maxlen=self._token_history.maxlen)
 
-def format_metrics(loss: float, tokens_per_second: float, memory_bytes: int | None, budget_bytes: int | None) -> str:
-    """Return the text after the bar: loss in nats, real tokens per second, memory and budget."""
+
+def format_metrics(
+    loss: float,
+    tokens_per_second: float,
+    memory_bytes: int | None,
+    budget_bytes: int | None,
+    held_out_loss: float | None = None,
+) -> str:
+    """Return the text after the bar: losses in nats, real tokens per second, memory and budget."""
     memory = "memory unknown" if memory_bytes is None else format_bytes(memory_bytes, budget_bytes)
-    return f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, {memory}"
+    held_out = "" if held_out_loss is None else f", held-out {held_out_loss:.3f}"
+    return f"loss {loss:.3f}{held_out}, {tokens_per_second:,.0f} tokens/s, {memory}"
 
 
 def shorten_name(name: str, max_columns: int) -> str:

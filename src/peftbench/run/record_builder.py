@@ -45,6 +45,7 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         engine=_build_engine(state),
         parameters=state.adapted_model.parameters if state.adapted_model else None,
         model_fingerprint=state.adapted_model.base.fingerprint if state.adapted_model else None,
+        model_config_fingerprint=state.adapted_model.base.config_fingerprint if state.adapted_model else None,
         data_fingerprint=state.data_fingerprint,
         num_examples=state.num_examples,
         num_dropped_examples=state.num_dropped,
@@ -59,6 +60,9 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         step_tokens=tuple(counts.real for counts in progress.step_token_counts),
         step_seconds=tuple(probe.step_seconds[: progress.completed_steps]),
         untimed_steps=min(state.recipe.profile.untimed_steps, progress.completed_steps),
+        stopped_early=progress.stopped_early,
+        held_out_curve=state.held_out_curve,
+        forgetting=state.forgetting,
         resumed_after=tuple(state.resumed_after),
         phase_seconds=dict(probe.phase_seconds),
         throughput=_build_throughput(state) if state.is_trained else None,
@@ -105,25 +109,36 @@ def add_evaluation(trained: RunRecord, evaluated: RunRecord) -> RunRecord:
             "recipe_fingerprint": evaluated.recipe_fingerprint,
             "outcome": evaluated.outcome,
             "data_fingerprint": evaluated.data_fingerprint,
-            **{name: getattr(evaluated, name) | _keep_train(getattr(trained, name)) for name in counts},
+            **{name: getattr(evaluated, name) | _keep_splits(getattr(trained, name), trained) for name in counts},
             "split_overlap": evaluated.split_overlap or trained.split_overlap,
             "phase_seconds": _replace_phases(trained.phase_seconds, evaluated.phase_seconds, phases),
             "memory": _replace_phases(trained.memory, evaluated.memory, phases),
+            "memory_by_rank": _replace_phases_by_rank(trained.memory_by_rank, evaluated.memory_by_rank, phases),
+            "forgetting": evaluated.forgetting,
             "quality": evaluated.quality,
             "notes": tuple(dict.fromkeys((*notes, *evaluated.notes))),
         }
     )
 
 
-def _keep_train(counts: Mapping[str, int]) -> dict[str, int]:
-    """Return the count of the training split alone."""
-    return {split: count for split, count in counts.items() if split == "train"}
+def _keep_splits(counts: Mapping[str, int], trained: RunRecord) -> dict[str, int]:
+    """Return the counts of the splits that the training used."""
+    used = {"train", trained.held_out_curve.split if trained.held_out_curve is not None else "train"}
+    return {split: count for split, count in counts.items() if split in used}
 
 
 def _replace_phases(old: Mapping[str, _T], new: Mapping[str, _T], phases: Collection[str]) -> dict[str, _T]:
     """Return ``old`` with the values that ``new`` has for ``phases``, and no others for them."""
     kept = {name: value for name, value in old.items() if name not in phases}
     return kept | {name: value for name, value in new.items() if name in phases}
+
+
+def _replace_phases_by_rank(
+    old: Sequence[Mapping[str, _T]], new: Sequence[Mapping[str, _T]], phases: Collection[str]
+) -> tuple[dict[str, _T], ...]:
+    """Return ``old`` with the values of ``new`` for ``phases``, and none for them on another number of ranks."""
+    same_ranks = new if len(new) == len(old) else [{}] * len(old)
+    return tuple(_replace_phases(*pair, phases) for pair in zip(old, same_ranks, strict=True))
 
 
 def _select_timed_steps(state: RunState, step_values: Sequence[_T]) -> list[_T]:

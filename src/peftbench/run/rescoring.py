@@ -24,7 +24,7 @@ def rescore_outputs(recipe: Recipe, metrics: Sequence[str] = ()) -> tuple[Outcom
     """Compute the metrics of the run in the recipe's folder from its outputs; return its outcome and record file.
 
     A run that has outputs was evaluated to the end, so its outcome becomes ``ok``. With ``metrics``, only these are
-    computed and added to the scores in the record, whose other scores stay.
+    computed and added to the record, whose other scores and outcome stay.
 
     Raises:
         UnknownKeyError: there is no such metric.
@@ -57,7 +57,7 @@ def rescore_outputs(recipe: Recipe, metrics: Sequence[str] = ()) -> tuple[Outcom
             "quality": quality,
             "recipe": recipe.model_dump(mode="json"),
             "recipe_fingerprint": recipe.fingerprint(),
-            "outcome": Outcome(kind="ok"),
+            "outcome": record.outcome if added else Outcome(kind="ok"),
         }
         record = record.model_copy(update=values)
         return record.outcome, record.write(run_dir.path)

@@ -16,6 +16,7 @@ from peftbench.distributed.collectives import broadcast_from_main, main_process_
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.rank_failure import FailureChannel
 from peftbench.errors import DataError, PeftbenchError
+from peftbench.evaluation.general_text import read_general_text
 from peftbench.evaluation.metrics.selection import check_metrics
 from peftbench.profiler.energy import build_energy_meter
 from peftbench.profiler.instruments import StepInstruments, build_instruments
@@ -23,16 +24,19 @@ from peftbench.profiler.probe import Probe
 from peftbench.profiler.throughput import explain_untimed_run
 from peftbench.record import RunRecord
 from peftbench.run.checkpointing import TrainingCheckpointer
+from peftbench.run.forgetting import measure_loss_before
+from peftbench.run.interval_evaluation import EarlyStoppingCallback, IntervalEvaluation, describe_early_stop
 from peftbench.run.oom import OomHandler, resolve_auto_micro_batch
 from peftbench.run.outcome import OutcomeHandler
 from peftbench.run.progress_bar import ProgressBar
 from peftbench.run.shutdown import ShutdownSignal
 from peftbench.run.stages import (
     adapt_model,
+    build_interval_evaluator,
     build_training_components,
     compare_splits,
-    evaluate_extractive_baseline,
     evaluate_model,
+    evaluate_without_model,
     load_examples,
     measure_training,
 )
@@ -54,7 +58,7 @@ from peftbench.run_dir.status import StatusWriter
 from peftbench.run_dir.stop_request import clear_stop_files, get_stop_file
 from peftbench.training.auto_settings import resolve_for_launch, resolve_task
 from peftbench.training.build import load_base_model
-from peftbench.training.data import build_encoder, check_splits
+from peftbench.training.data import build_encoder, check_splits, fingerprint_training_data
 from peftbench.training.loop import train
 
 if TYPE_CHECKING:
@@ -62,9 +66,10 @@ if TYPE_CHECKING:
 
     from peftbench.data.batches import EncodedExamples
     from peftbench.data.encode import Encoder
+    from peftbench.evaluation.evaluator import Evaluator
     from peftbench.recipe.schema import Recipe
     from peftbench.training.build import AdaptedModel, TrainingComponents
-    from peftbench.training.callbacks import StepCallback
+    from peftbench.training.callbacks import EvaluationCallback, StepCallback
 
 
 class Run:
@@ -90,6 +95,8 @@ class Run:
         recipe, task_notes = resolve_task(recipe)
         check_metrics(recipe)
         check_splits(recipe, evaluate_only=evaluate_only)
+        if recipe.evaluate.general_text is not None and recipe.method.needs_model:
+            read_general_text(recipe.evaluate.general_text)
         recipe, resolution_notes = resolve_for_launch(recipe)
         resolution_notes = [*task_notes, *resolution_notes]
         resolved_recipe, micro_batch_note = resolve_auto_micro_batch(recipe)
@@ -156,7 +163,7 @@ class Run:
         self.oom_handler.enforce_budget(probe.memory_meter)
         if not recipe.method.needs_model:
             with probe.phase("generate"):
-                evaluate_extractive_baseline(state)
+                evaluate_without_model(state)
             delete_saved_model(state)
             return
         trained_dir = self._find_trained_model()
@@ -167,6 +174,8 @@ class Run:
             held_out = load_examples(state, encoder, recipe.evaluate.split)
             adapted_model = adapt_model(state, base_model)
             if trained_dir is not None:
+                if recipe.method.keeps_base_frozen:  # else the trained weights are loaded already
+                    measure_loss_before(state, adapted_model, encoder, self.oom_handler.is_oom)
                 recipe.method.load(adapted_model.model, trained_dir)
                 self._compare_with_training_split(encoder, held_out)
         self.shutdown_signal.raise_if_requested()
@@ -176,7 +185,8 @@ class Run:
             with probe.phase("build"):
                 examples = load_examples(state, encoder, "train")
                 compare_splits(state, examples, held_out)
-            self.train(adapted_model, examples, encoder.eos_token_id)
+                evaluator = build_interval_evaluator(state, adapted_model, encoder, held_out, self.oom_handler.is_oom)
+            self.train(adapted_model, examples, encoder.eos_token_id, encoder=encoder, interval_evaluator=evaluator)
             if recipe.save_model:
                 with probe.phase("save"):
                     save_model(state, adapted_model)
@@ -207,8 +217,9 @@ class Run:
         state = self.state
         if not state.recipe.method.is_trainable:
             return None
-        source = state.recipe.data.source
-        state.training_data_fingerprint = main_process_first(self.accelerator, lambda: source.fingerprint("train"))
+        state.training_data_fingerprint = main_process_first(
+            self.accelerator, lambda: fingerprint_training_data(state.recipe)
+        )
         find = find_model_to_evaluate if self.evaluate_only else find_unevaluated_model
         state.trained_record = broadcast_from_main(self.accelerator, lambda: find(state))
         if state.trained_record is None:
@@ -218,11 +229,24 @@ class Run:
             sys.stderr.write("note: the training is already finished; only its saved model is evaluated\n")
         return self.run_dir.model_dir
 
-    def train(self, adapted_model: AdaptedModel, examples: EncodedExamples, pad_token_id: int) -> None:
-        """Train, from the newest checkpoint if there is one."""
+    def train(
+        self,
+        adapted_model: AdaptedModel,
+        examples: EncodedExamples,
+        pad_token_id: int,
+        *,
+        encoder: Encoder | None = None,
+        interval_evaluator: Evaluator | None = None,
+    ) -> None:
+        """Train, from the newest checkpoint if there is one; evaluate during training with ``interval_evaluator``.
+
+        ``encoder`` encodes the general text of ``evaluate.general_text``.
+        """
         state, recipe = self.state, self.state.recipe
         with state.probe.phase("build"):
             training = build_training_components(state, adapted_model, examples, pad_token_id)
+        if encoder is not None:
+            measure_loss_before(state, adapted_model, encoder, self.oom_handler.is_oom)
         if note := explain_untimed_run(recipe.profile.untimed_steps, training.total_steps):
             state.notes.append(note)
             if self.accelerator.is_main_process and recipe.train.steps is None:  # else printed before the run
@@ -253,13 +277,38 @@ class Run:
                     trackers,
                     progress_bar,
                     StatusCallback(self.status_writer),
+                    *self._build_interval_evaluations(interval_evaluator, checkpointer, [trackers, progress_bar]),
                     checkpointer,
                     *self.step_callbacks,
                 ],
             )
             checkpointer.save_before_evaluation()
+        if state.progress.stopped_early:
+            state.notes.append(describe_early_stop(recipe.early_stopping, state.progress, training.total_steps))
+        checkpointer.restore_best_weights()
         if training.feature_store is not None and self.accelerator.is_main_process:
             training.feature_store.mark_durable()
+
+    def _build_interval_evaluations(
+        self,
+        evaluator: Evaluator | None,
+        checkpointer: TrainingCheckpointer,
+        callbacks: Sequence[EvaluationCallback],
+    ) -> list[IntervalEvaluation]:
+        """Return the step callback that evaluates during training; none without ``evaluate.interval``."""
+        state = self.state
+        if evaluator is None:
+            return []
+        interval_steps = state.recipe.evaluate.count_interval_steps(
+            state.num_examples["train"], state.recipe.train.global_batch_size
+        )
+        assert interval_steps is not None
+        best_weights = [checkpointer.best_weights] if checkpointer.best_weights is not None else []
+        return [
+            IntervalEvaluation(
+                state, evaluator, interval_steps, [*callbacks, *best_weights, EarlyStoppingCallback(state)]
+            )
+        ]
 
     def _set_start_status(self, training: TrainingComponents) -> None:
         progress = self.state.progress

@@ -11,11 +11,19 @@ from peftbench.data.encode import count_marked
 from peftbench.distributed.collectives import broadcast_from_main, main_process_first
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.metrics.selection import generates_text, select_metrics
-from peftbench.evaluation.outputs import Output, Predictions, build_outputs, write_outputs
+from peftbench.evaluation.outputs import Output, Predictions, build_choice_scores, build_outputs, write_outputs
 from peftbench.evaluation.scoring import add_scores, build_quality
 from peftbench.profiler.peak_flops import measure_matmul_flops
+from peftbench.run.evaluators import build_evaluator
+from peftbench.run.forgetting import measure_loss_after
 from peftbench.training.build import AdaptedModel, apply_method, build_training, check_generation
-from peftbench.training.data import load_encoded_split, load_split
+from peftbench.training.data import (
+    INTERVAL_SPLIT,
+    explain_interval_split,
+    load_encoded_split,
+    load_split,
+    read_targets,
+)
 from peftbench.training.loop import DivergedError
 from peftbench.training.overlap import find_overlap
 
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 
     from peftbench.data.batches import EncodedExamples
     from peftbench.data.encode import Encoder
+    from peftbench.evaluation.evaluator import Evaluator
     from peftbench.modeling.loading import LoadedModel
     from peftbench.run.state import RunState
     from peftbench.training.build import TrainingComponents
@@ -37,6 +46,35 @@ def load_examples(state: RunState, encoder: Encoder, split: str) -> Dataset:
     state.num_cut_labels[split] = sum(encoded.dataset["cut_labels"])
     state.num_with_control_tokens[split] = count_marked(encoded.dataset, "control_tokens")
     return encoded.dataset
+
+
+def build_interval_evaluator(
+    state: RunState,
+    adapted_model: AdaptedModel,
+    encoder: Encoder,
+    held_out: Dataset,
+    is_oom: Callable[[BaseException], bool],
+) -> Evaluator | None:
+    """Return the evaluator of the validation split during training, None without ``evaluate.interval``.
+
+    ``held_out`` are the examples that are evaluated after the training.
+
+    Raises:
+        EmptySplitError: the source has no validation split.
+    """
+    config = state.recipe.evaluate
+    if config.interval is None:
+        return None
+    if config.split == INTERVAL_SPLIT:
+        examples = held_out
+        if state.recipe.selects_by_held_out_loss:
+            state.notes.append(
+                f"the evaluated {INTERVAL_SPLIT} split has also selected the saved weights, so its result is optimistic"
+            )
+    else:
+        with explain_interval_split():
+            examples = load_examples(state, encoder, INTERVAL_SPLIT)
+    return build_evaluator(state, adapted_model, encoder, examples, is_oom)
 
 
 def compare_splits(state: RunState, train: Dataset, evaluated: Dataset) -> None:
@@ -86,10 +124,7 @@ def evaluate_model(
         DivergedError: the held-out loss is not finite.
     """
     config, probe = state.recipe.evaluate, state.probe
-    is_sharded = state.engine.shards_weights and state.recipe.method.is_trainable
-    evaluator = Evaluator(
-        state.context, adapted_model, encoder, examples, state.recipe, synced=is_sharded, is_oom=is_oom
-    )
+    evaluator = build_evaluator(state, adapted_model, encoder, examples, is_oom)
     needs = {metric.needs for metric in select_metrics(state.recipe)}
     predictions = Predictions()
     try:
@@ -99,6 +134,7 @@ def evaluate_model(
             if not math.isfinite(held_out.loss):
                 step = state.get_trained_steps()
                 raise DivergedError(step, f"the held-out loss after step {step} is {held_out.loss}")
+            measure_loss_after(state, adapted_model, encoder, is_oom)
             if config.teacher_forced:
                 predictions = replace(predictions, teacher_forced=evaluator.decode_teacher_forced())
             if "choices" in needs:
@@ -114,15 +150,22 @@ def evaluate_model(
         score_outputs(state, outputs)
 
 
-def evaluate_extractive_baseline(state: RunState) -> None:
-    """Evaluate a baseline that copies its output from the prompt and needs no model."""
-    split = state.recipe.evaluate.split
-    dataset = main_process_first(state.accelerator, lambda: load_split(state.recipe, split))
+def evaluate_without_model(state: RunState) -> None:
+    """Evaluate a baseline that needs no model."""
+    recipe, task = state.recipe, state.recipe.task
+    split = recipe.evaluate.split
+    dataset = main_process_first(state.accelerator, lambda: load_split(recipe, split))
     state.set_example_counts(split, len(dataset), 0)
-    prompts = (state.recipe.task.get_prompt(example) for example in dataset)
-    extracted = [state.recipe.method.extract_output(prompt) or "" for prompt in prompts]
-    outputs = build_outputs(dataset, state.recipe.task, Predictions(generated=extracted))
-    state.quality = build_quality(state.recipe, dataset, outputs)
+    predict = recipe.method.build_predictor(
+        lambda: read_targets(main_process_first(state.accelerator, lambda: load_split(recipe, "train")), task)
+    )
+    has_choices = task.evaluation == "choices"
+    examples = [(task.get_prompt(row), task.get_choices(row)[0] if has_choices else ()) for row in dataset]
+    targets = [predict(prompt, choices) for prompt, choices in examples]
+    choices = [build_choice_scores(one, target.choice) for (_, one), target in zip(examples, targets, strict=True)]
+    predictions = Predictions(choices=choices) if has_choices else Predictions([target.text for target in targets])
+    outputs = build_outputs(dataset, task, predictions)
+    state.quality = build_quality(recipe, dataset, outputs)
     score_outputs(state, outputs)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peftbench.distributed.sharding import state_bytes
-from peftbench.record import MemoryBreakdown, Quality, RunRecord, SplitOverlap, StateBytes
+from peftbench.record import Forgetting, HeldOutCurve, MemoryBreakdown, Quality, RunRecord, SplitOverlap, StateBytes
 from peftbench.run.rank_measurements import RankMeasurements
 from peftbench.training.loop import TrainProgress
 
@@ -49,6 +49,9 @@ class RunState:
     instruments: StepInstruments | None = None
     trackers: Trackers | None = None
     quality: Quality | None = None
+    held_out_curve: HeldOutCurve | None = None
+    """Evaluations during training."""
+    forgetting: Forgetting | None = None
     num_examples: dict[str, int] = field(default_factory=dict)
     """Examples used, by split."""
     num_dropped: dict[str, int] = field(default_factory=dict)
@@ -84,9 +87,15 @@ class RunState:
         return self.context.accelerator
 
     @property
+    def total_steps(self) -> int:
+        """Number of optimizer steps of the training; it must have been built."""
+        assert self.training is not None
+        return self.training.total_steps
+
+    @property
     def is_trained(self) -> bool:
-        """True once all steps are completed."""
-        return self.training is not None and self.progress.completed_steps == self.training.total_steps
+        """True once all steps are completed, or early stopping ended the training."""
+        return self.training is not None and not self.progress.count_remaining_steps(self.total_steps)
 
     @property
     def engine(self) -> EngineKind:

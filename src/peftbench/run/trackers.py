@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
     from peftbench.recipe.schema import Recipe
+    from peftbench.record import HeldOutCurve
     from peftbench.training.callbacks import StepInfo
 
 _PROJECT = "peftbench"
@@ -26,7 +27,7 @@ _NAME_SETTERS: dict[str, Callable[[Any, str], object]] = {
 
 
 class Trackers:
-    """The trackers of one run, through accelerate. A step callback that logs loss and learning rate."""
+    """The trackers of one run, through accelerate. A step and evaluation callback; logs losses and learning rate."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, notes: list[str], *, is_main: bool) -> None:
         """Start the recipe's trackers and log the recipe. What is switched off is added to ``notes``."""
@@ -39,9 +40,16 @@ class Trackers:
     def after_step(self, info: StepInfo) -> None:
         """Log one step."""
         self._step = info.step
-        values = {"loss": info.loss, "learning_rate": info.learning_rate}
+        self._log({"loss": info.loss, "learning_rate": info.learning_rate})
+
+    def after_evaluation(self, curve: HeldOutCurve) -> None:
+        """Log one evaluation."""
+        point = curve.points[-1]
+        self._log({"held_out_loss": point.loss, **{f"held_out_{name}": mean for name, mean in point.metrics.items()}})
+
+    def _log(self, values: dict[str, float]) -> None:
         for name in list(self._trackers):
-            self._call(name, lambda name: self._trackers[name].log(values, step=info.step))
+            self._call(name, lambda name: self._trackers[name].log(values, step=self._step))
 
     def finish(self) -> None:
         """End the trackers."""

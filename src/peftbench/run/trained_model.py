@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from peftbench.common.filesystem import as_os_error, write_error
-from peftbench.common.fingerprint import MEASUREMENT_KEYS
+from peftbench.common.fingerprint import INTERVAL_KEYS, MEASUREMENT_KEYS, may_be_equal
 from peftbench.common.nested_keys import flatten_keys
 from peftbench.common.units import format_bytes
 from peftbench.distributed.deepspeed import get_full_shape
 from peftbench.distributed.sharding import full_weights
 from peftbench.errors import DiskFullError, RecordError
-from peftbench.modeling.loading import read_base_fingerprint
+from peftbench.modeling.loading import compute_config_fingerprint, read_base_fingerprint
 from peftbench.modeling.saved_tokenizer import save_tokenizer
 from peftbench.record import RunRecord, read_record
 from peftbench.run_dir.saved_model import TrainingIdentity, describes_model, read_training_identity
@@ -98,6 +98,7 @@ def _build_training_identity(state: RunState, adapted_model: AdaptedModel) -> Tr
         training_fingerprint=state.requested_recipe.fingerprint_training(),
         measurement_fingerprint=state.requested_recipe.fingerprint_measured_training(),
         model_fingerprint=adapted_model.base.fingerprint,
+        model_config_fingerprint=adapted_model.base.config_fingerprint,
         data_fingerprint=str(state.training_data_fingerprint),
     )
 
@@ -133,6 +134,7 @@ def find_unevaluated_model(state: RunState) -> RunRecord | None:
         or (has_result and not is_same_measurement)
         or identity.data_fingerprint != state.training_data_fingerprint
         or identity.model_fingerprint != read_base_fingerprint(recipe.model)
+        or not may_be_equal(identity.model_config_fingerprint, compute_config_fingerprint(recipe.model))
     ):
         return None
     if state.engine.shards_weights:  # an unsharded copy on each process may not fit
@@ -148,8 +150,9 @@ def find_unevaluated_model(state: RunState) -> RunRecord | None:
 def _describe_measured_settings(trained: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """Return a note on the settings with which a training was measured, where the recipe has others now."""
     old, new = dict(flatten_keys(trained)), dict(flatten_keys(requested))
-    keys = [key for key in old if key.startswith(MEASUREMENT_KEYS) and old[key] != new.get(key)]
-    return f"the training was measured with {', '.join(f'{key}={json.dumps(old[key])}' for key in keys)}"
+    measured = (*MEASUREMENT_KEYS, *INTERVAL_KEYS)
+    keys = [key for key in old | new if key.startswith(measured) and old.get(key) != new.get(key)]
+    return f"the training was measured with {', '.join(f'{key}={json.dumps(old.get(key))}' for key in keys)}"
 
 
 def find_model_to_evaluate(state: RunState) -> RunRecord:
@@ -192,5 +195,8 @@ def load_trained_base(state: RunState, model_dir: Path) -> LoadedModel:
     Raises:
         ModelError, HubUnreachableError: as in :func:`peftbench.training.build.load_trained_base_model`.
     """
-    assert state.trained_record is not None
-    return load_trained_base_model(state.recipe, model_dir, str(state.trained_record.model_fingerprint))
+    record = state.trained_record
+    assert record is not None
+    return load_trained_base_model(
+        state.recipe, model_dir, str(record.model_fingerprint), record.model_config_fingerprint
+    )

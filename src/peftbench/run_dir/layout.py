@@ -18,6 +18,7 @@ REFUSAL_FILE = "refusal.json"
 LOCK_FILE = ".lock"
 MODEL_DIR = "model"
 CHECKPOINTS_DIR = "checkpoints"
+BEST_WEIGHTS_DIR = "best_weights"
 CHECKPOINT_METADATA_FILE = "checkpoint.json"
 """The last file written to a checkpoint: a checkpoint without it is incomplete."""
 OFFLOAD_DIR = "offload"
@@ -103,6 +104,11 @@ class RunDir:
     def checkpoints_dir(self) -> Path:
         """Checkpoints: one folder per training, one folder per step in it."""
         return self.path / CHECKPOINTS_DIR
+
+    @property
+    def best_weights_dir(self) -> Path:
+        """The weights with the lowest held-out loss so far: one folder per training, one folder per step in it."""
+        return self.path / BEST_WEIGHTS_DIR
 
     @property
     def offload_dir(self) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from peftbench.common.filesystem import write_atomically
-from peftbench.common.fingerprint import EVALUATION_KEYS, MEASUREMENT_KEYS, exclude_keys, fingerprint_recipe
+from peftbench.common.fingerprint import fingerprint_training
 from peftbench.common.schema import RecordModel
 from peftbench.record import RunRecord
 from peftbench.run_dir.layout import TRAINING_FILE, RunDir
@@ -29,6 +29,8 @@ class TrainingIdentity(RecordModel):
     """Hash of those and of the keys that change a measurement of the training."""
     model_fingerprint: str
     """Fingerprint of the base model."""
+    model_config_fingerprint: str | None = None
+    """Fingerprint of its config, as in the record."""
     data_fingerprint: str
     """Fingerprint of the training split."""
 
@@ -57,5 +59,7 @@ def has_model_of(run_dir: Path, record: RunRecord) -> bool:
 
 def describes_model(record: RunRecord, identity: TrainingIdentity) -> bool:
     """True if ``record`` is that of the training with this identity."""
-    fingerprint = fingerprint_recipe(record.recipe, exclude_keys(*EVALUATION_KEYS, *MEASUREMENT_KEYS))
-    return (identity.started_at, identity.training_fingerprint) == (record.started_at, fingerprint)
+    return (identity.started_at, identity.training_fingerprint) == (
+        record.started_at,
+        fingerprint_training(record.recipe),
+    )

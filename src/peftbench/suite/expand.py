@@ -105,7 +105,8 @@ def expand(
     The files of ``config`` and then ``overrides`` are merged into every recipe.
 
     Raises:
-        RecipeError: a recipe is invalid, two runs have the same name, or both an axis and ``seeds`` vary the seed.
+        RecipeError: a recipe is invalid, two runs have the same name, both an axis and ``seeds`` vary the seed, or
+            early stopping could make the runs differ in steps.
     """
     suite = read_suite(path)
     if seeds is not None and SEED_KEY in suite.axes:
@@ -128,7 +129,25 @@ def expand(
     names = [recipe.name for recipe in recipes]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"several runs of {path} are named {', '.join(duplicates)}; give each recipe a unique name")
+    check_equal_steps(recipes)
     return recipes
+
+
+def check_equal_steps(recipes: Sequence[Recipe]) -> None:
+    """Check that early stopping cannot make the runs of a comparison train for different numbers of steps.
+
+    Raises:
+        OutOfRangeError: it can, and the recipe does not allow that.
+    """
+    trained = [recipe for recipe in recipes if recipe.method.is_trainable]
+    for recipe in trained if len(trained) > 1 else ():
+        stopping = recipe.early_stopping
+        if stopping.patience is not None and not stopping.allow_unequal_steps:
+            raise OutOfRangeError(
+                f"early_stopping.patience={stopping.patience} of {recipe.name} can end the {len(trained)} trainings "
+                "of this comparison after different numbers of steps",
+                "set early_stopping.patience=null, or early_stopping.allow_unequal_steps=true",
+            )
 
 
 def with_seeds(recipe: Recipe, seeds: int | None) -> list[Recipe]:

@@ -23,7 +23,7 @@ from peftbench.slurm.job_file import read_job_file
 from peftbench.slurm.options import PROLOGUE_KEY, check_time_limit, parse_prologue, parse_sbatch_options
 from peftbench.slurm.queue import list_queued_jobs, read_max_array_size
 from peftbench.slurm.submit import LOG_DIR, LaunchFile, Submission, find_launch_file
-from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config, with_seeds
+from peftbench.suite.expand import check_equal_steps, expand, read_suite, resolve_accelerate_config, with_seeds
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,9 @@ def _load_target(
     output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
     recipe = load_recipe([target, *config], [*overrides, *output])
     check_metrics(recipe)
-    return with_seeds(recipe, seeds), recipe.name, {}, None
+    recipes = with_seeds(recipe, seeds)
+    check_equal_steps(recipes)
+    return recipes, recipe.name, {}, None
 
 
 def _find_active_owner(run_dir: Path, active_jobs: Set[str]) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from peftbench.common.schema import ConfigSection
 from peftbench.data.readers.rows import Columns, Example, RowFault
 from peftbench.data.segments import Renderer, Segment
+from peftbench.errors import OutOfRangeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ class Task(ConfigSection):
     headline_metric: ClassVar[str | None] = None
     """Score by which runs are compared; None: held-out loss."""
     evaluation: ClassVar[Literal["generate", "choices", "loss"]] = "generate"
-    """What is evaluated in addition to held-out loss: generated text, choices by log-likelihood, or nothing."""
+    """Evaluation in addition to held-out loss: generated text, choices by log-likelihood, or nothing."""
     labels_whole_row: ClassVar[bool] = False
     """True if every token of a row is labeled."""
 
@@ -83,6 +84,10 @@ class Task(ConfigSection):
         """
         return None
 
+    def label_reference(self) -> Task:
+        """Return the task with labels for the reference alone, so that they start where the prompt ends."""
+        return self
+
     def build_segments(self, example: Example) -> Sequence[Segment]:
         """Return the segments of an example, without the tokenizer's start token and without an end token."""
         raise NotImplementedError
@@ -94,6 +99,14 @@ class Task(ConfigSection):
     def get_reference(self, example: Example) -> str:
         """Return the expected text."""
         raise NotImplementedError
+
+    def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
+        """Return the example with solved examples before its prompt.
+
+        Raises:
+            OutOfRangeError: the task has no such prompts.
+        """
+        raise OutOfRangeError(f"method.kind=few_shot does not support task.kind={self.kind}", "use zero_shot")
 
     def render_choices(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sequence[Segment]]:
         """Return the sequence of the prompt with each of its choices; none if the task has no choices."""

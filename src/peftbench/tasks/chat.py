@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -52,11 +52,20 @@ class Chat(Task):
         fault = find_fault(json.loads(example["messages"]))
         return None if fault is None else RowFault(f"{fault[0]} in column {self.messages!r}", fault[1])
 
+    def label_reference(self) -> Task:
+        return self.model_copy(update={"labels": "last_assistant"}) if self.labels == "all" else self
+
     def build_renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         return ChatRenderer(tokenizer, read_template(self.chat_template, tokenizer), self.labels)
 
     def find_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None if self.chat_template is None else read_template(self.chat_template, tokenizer)
+
+    def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
+        messages = json.loads(example["messages"])
+        num_leading = next((index for index, one in enumerate(messages) if one["role"] in {"user", "assistant"}), 0)
+        solved = [one for shot in shots for one in json.loads(shot["messages"]) if one["role"] != "system"]
+        return {**example, "messages": json.dumps([*messages[:num_leading], *solved, *messages[num_leading:]])}
 
     def get_prompt(self, example: Example) -> str:
         messages = json.loads(example["messages"])

@@ -51,12 +51,17 @@ class ChatRenderer:
             yield self._render_segments([*messages[:num_leading], *messages[start:]])
 
     def _escape(self, message: Message) -> Message:
-        """Return a message whose text has no special token, so that the template alone writes them."""
-        escaped = {name: value for name, value in message.items() if value is not None}
-        content = escaped.get("content")
-        if isinstance(content, str):
-            escaped["content"] = self._special.sub(lambda match: self._marks[match.group()], content)
-        return escaped
+        """Return a message whose texts have no special token, so that the template alone writes them."""
+        return {name: self._mark_specials(value) for name, value in message.items() if value is not None}
+
+    def _mark_specials(self, value: Any) -> Any:  # noqa: ANN401 — any value of JSON
+        if isinstance(value, str):
+            return self._special.sub(lambda match: self._marks[match.group()], value)
+        if isinstance(value, list):
+            return [self._mark_specials(one) for one in value]
+        if isinstance(value, dict):
+            return {self._mark_specials(name): self._mark_specials(one) for name, one in value.items()}
+        return value
 
     def _render_segments(self, messages: list[Message]) -> Sequence[Segment]:
         text, spans = self._render_labeled(messages)
@@ -135,13 +140,12 @@ class ChatRenderer:
         return self._call_template(messages, add_generation_prompt=add_generation_prompt)[0]
 
     def _call_template(self, messages: list[Message], **options: bool) -> tuple[str, list[Span]]:
-        from jinja2 import TemplateError
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template  # declared to return a str, which it does not
         try:
             rendered, spans = render([messages], chat_template=self._template, **options, **self._variables)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # a template is a program, which can fail in any way
             raise RenderError(
                 f"cannot be rendered by the chat template: {first_line(error, max_length=200).rstrip('.')}",
                 "correct the conversation, or set task.chat_template to another template",

@@ -82,6 +82,10 @@ class Choices(Task):
             (Segment(example["prompt"], cut="start"),), self.separator, choice.strip(), labels="completion"
         )
 
+    def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
+        solved = (f"{shot['prompt']}{self.separator}{self.get_reference(shot)}\n\n" for shot in shots)
+        return {**example, "prompt": "".join(solved) + example["prompt"]}
+
     def get_prompt(self, example: Example) -> str:
         return example["prompt"]
 

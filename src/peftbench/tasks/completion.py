@@ -34,10 +34,17 @@ class Completion(Task):
     def columns(self) -> Mapping[str, str]:
         return {"prompt": self.prompt, "completion": self.completion}
 
+    def label_reference(self) -> Task:
+        return self.model_copy(update={"labels": "completion"}) if self.labels == "all" else self
+
     def build_segments(self, example: Example) -> Sequence[Segment]:
         return build_completion(
             (Segment(example["prompt"], cut="start"),), self.separator, example["completion"], labels=self.labels
         )
+
+    def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
+        solved = (f"{shot['prompt']}{self.separator}{shot['completion']}\n\n" for shot in shots)
+        return {**example, "prompt": "".join(solved) + example["prompt"]}
 
     def get_prompt(self, example: Example) -> str:
         return example["prompt"]

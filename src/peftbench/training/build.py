@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from peftbench.common.dtypes import get_autocast_dtype
+from peftbench.common.fingerprint import may_be_equal
 from peftbench.data.batches import Batches, EncodedExamples
 from peftbench.distributed import deepspeed
 from peftbench.distributed.accelerator import AcceleratorContext, verify_engine_config
@@ -91,9 +92,12 @@ def load_base_model(recipe: Recipe) -> LoadedModel:
     return load_model(recipe.model, get_autocast_dtype(recipe.train.resolved_precision))
 
 
-def load_trained_base_model(recipe: Recipe, model_dir: Path, base_fingerprint: str) -> LoadedModel:
+def load_trained_base_model(
+    recipe: Recipe, model_dir: Path, base_fingerprint: str, config_fingerprint: str | None
+) -> LoadedModel:
     """Load the base model of a training that is saved in ``model_dir``, with the trained weights that are part of it.
 
+    The fingerprints are those of the base model at the training; that of its config is None if it is unknown.
     A method that keeps the base frozen adds its weights with :meth:`peftbench.methods.base.Method.load`.
 
     Raises:
@@ -102,7 +106,8 @@ def load_trained_base_model(recipe: Recipe, model_dir: Path, base_fingerprint: s
     """
     if recipe.method.keeps_base_frozen:
         base = load_base_model(recipe)
-        if base.fingerprint != base_fingerprint:
+        is_same_config = may_be_equal(base.config_fingerprint, config_fingerprint)
+        if base.fingerprint != base_fingerprint or not is_same_config:
             raise ModelError(
                 f"the base model {recipe.model.path} has changed since {model_dir} was trained on it",
                 "train again, or restore the base model",
@@ -110,7 +115,7 @@ def load_trained_base_model(recipe: Recipe, model_dir: Path, base_fingerprint: s
         return base
     saved = {"path": str(model_dir), "tokenizer": None, "revision": None, "init": "pretrained"}
     loaded = load_model(recipe.model.model_copy(update=saved), get_autocast_dtype(recipe.train.resolved_precision))
-    return replace(loaded, fingerprint=base_fingerprint)
+    return replace(loaded, fingerprint=base_fingerprint, config_fingerprint=config_fingerprint)
 
 
 def check_generation(recipe: Recipe, base: LoadedModel) -> list[str]:

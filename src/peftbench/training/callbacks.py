@@ -1,9 +1,11 @@
-"""StepCallback: code that runs after every optimizer step, outside of the step's timing."""
+"""Code that runs after every optimizer step or evaluation, outside of the step's timing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
+
+from peftbench.record import HeldOutCurve
 
 
 @dataclass(frozen=True)
@@ -26,3 +28,10 @@ class StepCallback(Protocol):
 
     def after_step(self, info: StepInfo) -> None:
         """Handle a finished step. Time spent here is in no measurement."""
+
+
+class EvaluationCallback(Protocol):
+    """Called after every evaluation during training, on every rank, before the checkpoint of its step."""
+
+    def after_evaluation(self, curve: HeldOutCurve) -> None:
+        """Handle the last point of ``curve``. Time spent here is in no measurement."""

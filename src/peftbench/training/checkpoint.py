@@ -20,7 +20,8 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from peftbench.common.filesystem import as_os_error, write_error
-from peftbench.distributed.collectives import all_gather_objects
+from peftbench.common.fingerprint import hash_file
+from peftbench.distributed.collectives import all_gather_objects, broadcast_from_main
 from peftbench.errors import CheckpointError
 from peftbench.record import SCHEMA_VERSION, read_schema_version
 from peftbench.run_dir.layout import (
@@ -51,6 +52,7 @@ class CheckpointMetadata:
     measurement_fingerprint: str
     """Hash of those and of the keys that change a measurement of the training."""
     model_fingerprint: str
+    """Fingerprint of the base model, and of its config if it is a local folder."""
     data_fingerprint: str
     """Fingerprint of the training split."""
     engine: str
@@ -103,10 +105,18 @@ class CheckpointRef:
 class CheckpointManager:
     """Manages the checkpoints of one run, in a separate folder for each recipe, base model and data."""
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, metadata: CheckpointMetadata, keep_latest: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run_dir: Path,
+        metadata: CheckpointMetadata,
+        keep_latest: int | None,
+        parent: Path | None = None,
+    ) -> None:
+        """Keep the newest ``keep_latest`` checkpoints (None: all) in ``parent``, by default the run's checkpoints."""
         self.accelerator, self.metadata, self.keep_latest = accelerator, metadata, keep_latest
         self.run_dir = RunDir(run_dir)
-        self.directory = self.run_dir.checkpoints_dir / metadata.training_id
+        self.directory = (parent or self.run_dir.checkpoints_dir) / metadata.training_id
         self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -163,12 +173,32 @@ class CheckpointManager:
         shutil.rmtree(final_dir, ignore_errors=True)
         partial_dir.rename(final_dir)
         _fsync(self.directory)
-        for old in self.list_checkpoints()[self.keep_latest :]:
-            shutil.rmtree(old, ignore_errors=True)
+        if self.keep_latest is not None:
+            for old in self.list_checkpoints()[self.keep_latest :]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def list_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, newest first."""
         return list_checkpoints(self.directory)
+
+    def find(self, step: int) -> CheckpointRef:
+        """Return the checkpoint of ``step``. Collective.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        path = self.directory / get_checkpoint_name(step)
+
+        def read() -> CheckpointRef:
+            metadata = _read_valid_metadata(path)
+            if metadata is None:
+                raise CheckpointError(
+                    f"{path}, with the weights of step {step}, is missing or damaged",
+                    f"delete {self.run_dir.checkpoints_dir} to start over",
+                )
+            return CheckpointRef(path, metadata)
+
+        return broadcast_from_main(self.accelerator, read)
 
     def latest(self) -> CheckpointRef | None:
         """Return the newest valid checkpoint of this run, None if it has none; damaged ones are noted and deleted.
@@ -285,9 +315,9 @@ def _read_format_version(path: Path) -> int | None:
 
 
 def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        new_hash: Callable[[], Any] = lambda: hashlib.blake2b(digest_size=16)  # noqa: E731
-        return hashlib.file_digest(file, new_hash).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    hash_file(digest, path)
+    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,6 +12,7 @@ from peftbench.data.collate import Collator, PaddingFreeCollator
 from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.distributed.collectives import main_process_first
 from peftbench.errors import EmptySplitError, OutOfRangeError
+from peftbench.methods.base import Target
 from peftbench.modeling.loading import get_max_positions
 
 if TYPE_CHECKING:
@@ -20,6 +24,11 @@ if TYPE_CHECKING:
     from peftbench.data.readers.rows import Columns
     from peftbench.modeling.loss import CausalLMLoss
     from peftbench.recipe.schema import Recipe
+    from peftbench.tasks.base import Task
+
+
+INTERVAL_SPLIT = "validation"
+"""The split that is evaluated during training: weights selected by the test split would not be tested on it."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +43,45 @@ def check_splits(recipe: Recipe, *, evaluate_only: bool = False) -> None:
     """Check the files and columns that the run will read, before anything waits for the network.
 
     Raises:
-        DataError: a file, a column or a first example is not usable.
+        DataError: a file, a column or a first example is not usable, or the split of ``evaluate.interval`` is missing.
     """
-    needs_training = recipe.method.is_trainable and not evaluate_only
+    method = recipe.method
+    reads_training = method.is_trainable or method.reads_training_split or method.num_shots
+    needs_training = reads_training and not evaluate_only
     for split in dict.fromkeys([recipe.evaluate.split, *(["train"] if needs_training else [])]):
         recipe.data.source.check(split, select_columns(recipe))
+    if needs_training and recipe.evaluate.interval is not None:
+        with explain_interval_split():
+            recipe.data.source.check(INTERVAL_SPLIT, select_columns(recipe))
 
 
 def select_columns(recipe: Recipe) -> Columns:
     """Return the columns that the recipe's task reads from its source."""
     return recipe.task.select_columns(recipe.data.source.id_column)
+
+
+@contextmanager
+def explain_interval_split() -> Iterator[None]:
+    """Add why a validation split is needed to the error that there is none.
+
+    Raises:
+        EmptySplitError: the code in the context raised it.
+    """
+    try:
+        yield
+    except EmptySplitError as error:
+        raise EmptySplitError(
+            f"evaluate.interval evaluates the validation split, since the test split must not select weights: {error}",
+            "or set evaluate.interval=null",
+        ) from error
+
+
+def fingerprint_training_data(recipe: Recipe) -> str:
+    """Return the identity of the data that determine the saved weights: the training split, and what selects them."""
+    source = recipe.data.source
+    if not recipe.selects_by_held_out_loss:
+        return source.fingerprint("train")
+    return f"{source.fingerprint('train')}+{source.fingerprint(INTERVAL_SPLIT)}"
 
 
 def load_split(recipe: Recipe, split: str) -> Dataset:
@@ -70,13 +108,43 @@ def load_encoded_split(recipe: Recipe, encoder: Encoder, split: str, accelerator
     def encode() -> EncodedSplit:
         is_evaluated = split == recipe.evaluate.split
         dataset = load_split(recipe, split)
+        if is_evaluated and recipe.method.num_shots:
+            dataset = add_shots(dataset, load_split(recipe, "train"), recipe)
         return EncodedSplit(*encoder.encode_split(dataset, split, recipe.data.overlong, is_evaluated=is_evaluated))
 
     return main_process_first(accelerator, encode)
 
 
+def add_shots(dataset: Dataset, training_examples: Dataset, recipe: Recipe) -> Dataset:
+    """Return the examples with the same ``method.shots`` training examples before each prompt.
+
+    Raises:
+        EmptySplitError: the training split has fewer examples.
+        OutOfRangeError: the task cannot put examples before a prompt.
+    """
+    num_shots, task = recipe.method.num_shots, recipe.task
+    if num_shots > len(training_examples):
+        raise EmptySplitError(
+            f"method.shots={num_shots} is more than the {len(training_examples)} examples of the train split; lower it"
+        )
+    chosen = training_examples.shuffle(seed=recipe.data.seed).select(range(num_shots))
+    shots = [dict(row) for row in chosen]
+    key = f"{dataset._fingerprint} {chosen._fingerprint} {task.model_dump_json()}"
+    return dataset.map(
+        lambda row: task.add_shots(row, shots),
+        new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
+        desc=f"adding {num_shots} examples",
+    )
+
+
+def read_targets(dataset: Dataset, task: Task) -> list[Target]:
+    """Return the expected text of each example, with the index of the right choice if the task has choices."""
+    has_choices = task.evaluation == "choices"
+    return [Target(task.get_reference(row), task.get_choices(row)[1] if has_choices else None) for row in dataset]
+
+
 class Tokenized(Protocol):
-    """What the encoder needs of a base model."""
+    """A tokenizer with the model's number of positions."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

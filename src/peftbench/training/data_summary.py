@@ -1,4 +1,4 @@
-"""What a run would read: the encoded examples of a split, their lengths, and everything that is wrong with its rows."""
+"""The examples that a run would read: encoded, their lengths, and every fault of their rows."""
 
 from __future__ import annotations
 

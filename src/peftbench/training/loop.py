@@ -45,6 +45,8 @@ class TrainProgress:
     """Hardware FLOP units of each step, over all ranks."""
     step_shapes: list[tuple[int, int]] = field(default_factory=list)
     """(rows, real positions) of this rank's largest micro-batch in each step."""
+    stopped_early: bool = False
+    """True once early stopping ends the training; no further step is run."""
     skipped_steps: int = 0
     """Steps that fp16's loss scaler skipped because a gradient overflowed."""
 
@@ -57,6 +59,10 @@ class TrainProgress:
     def completed_steps(self) -> int:
         """Number of completed optimizer steps."""
         return len(self.losses)
+
+    def count_remaining_steps(self, total_steps: int) -> int:
+        """Return the number of steps that are still to be run."""
+        return 0 if self.stopped_early else total_steps - self.completed_steps
 
 
 def no_timer(_part: str) -> AbstractContextManager[None]:
@@ -102,7 +108,7 @@ def train(
     max_grad_norm: float | None,
     callbacks: Sequence[StepCallback] = (),
 ) -> None:
-    """Run the steps that are not in ``progress`` yet.
+    """Run the steps that are not in ``progress`` yet, until the last one or until a callback stops the training early.
 
     ``callbacks`` are called in order after each step, outside of the step's timing.
 
@@ -110,7 +116,8 @@ def train(
         DivergedError: a loss is not finite; ``progress`` has all steps before it.
     """
     remaining = itertools.islice(
-        training.batches.skip_first_batches(progress.completed_steps), training.total_steps - progress.completed_steps
+        training.batches.skip_first_batches(progress.completed_steps),
+        progress.count_remaining_steps(training.total_steps),
     )
     for batch in prefetch(remaining, accelerator.device):
         learning_rate = float(training.lr_scheduler.get_last_lr()[0])
@@ -132,3 +139,5 @@ def train(
             )
             for callback in callbacks:
                 callback.after_step(info)
+        if progress.stopped_early:
+            break

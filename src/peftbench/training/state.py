@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -33,10 +35,7 @@ def capture_state(
     groups = deepspeed.get_param_groups(training.optimizer)
     inner = deepspeed.unwrap_optimizer(training.optimizer)
     return {
-        "weights": {
-            name: _local_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-        },
-        "master_weights": deepspeed.master_weights(training.optimizer),
+        **capture_weights(training, model),
         "optimizer": [
             [_serialize_state(inner.state.get(tensor, {})) for tensor in group["params"]] for group in groups
         ],
@@ -64,14 +63,7 @@ def load_state(
     Raises:
         ValueError: the state does not fit this model and optimizer.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if set(trained) != set(state["weights"]):
-        raise ValueError("the checkpoint's trainable parameters differ from this model's")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            _copy_into(_local_tensor(parameter), state["weights"][name])
-        for master, saved in zip(deepspeed.master_weights(training.optimizer), state["master_weights"], strict=True):
-            _copy_into(master, saved)
+    load_weights(state, training, model)
     groups = deepspeed.get_param_groups(training.optimizer)
     inner = deepspeed.unwrap_optimizer(training.optimizer)
     for group, states, options in zip(groups, state["optimizer"], state["param_groups"], strict=True):
@@ -89,6 +81,42 @@ def load_state(
     if restore_rng_state:
         _set_rng_state(state["rng_state"])
     _load_progress(progress, state["progress"])
+
+
+def capture_weights(training: TrainingComponents, model: nn.Module) -> dict[str, Any]:
+    """Return this rank's trainable weights, and the float32 copies that DeepSpeed trains."""
+    return {
+        "weights": {
+            name: _local_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+        },
+        "master_weights": deepspeed.master_weights(training.optimizer),
+    }
+
+
+@torch.no_grad()
+def load_weights(state: dict[str, Any], training: TrainingComponents, model: nn.Module) -> None:
+    """Restore captured weights in place.
+
+    Raises:
+        ValueError: they do not fit this model and optimizer.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if set(trained) != set(state["weights"]):
+        raise ValueError("the checkpoint's trainable parameters differ from this model's")
+    for name, parameter in trained.items():
+        _copy_into(_local_tensor(parameter), state["weights"][name])
+    for master, saved in zip(deepspeed.master_weights(training.optimizer), state["master_weights"], strict=True):
+        _copy_into(master, saved)
+
+
+@contextmanager
+def preserve_rng_state() -> Iterator[None]:
+    """Restore the states of all random number generators after the context."""
+    state = _get_rng_state()
+    try:
+        yield
+    finally:
+        _set_rng_state(state)
 
 
 def _local_tensor(parameter: torch.Tensor) -> torch.Tensor:
@@ -181,6 +209,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 def _serialize_progress(progress: TrainProgress) -> dict[str, Any]:
     return {
         "losses": list(progress.losses),
+        "stopped_early": progress.stopped_early,
         "skipped_steps": progress.skipped_steps,
         "step_shapes": list(progress.step_shapes),
         "step_token_counts": [asdict(counts) for counts in progress.step_token_counts],
@@ -191,6 +220,7 @@ def _serialize_progress(progress: TrainProgress) -> dict[str, Any]:
 
 def _load_progress(progress: TrainProgress, saved: dict[str, Any]) -> None:
     progress.losses[:] = saved["losses"]
+    progress.stopped_early = saved.get("stopped_early", False)  # a checkpoint of an earlier version lacks it
     progress.skipped_steps = saved["skipped_steps"]
     progress.step_shapes[:] = saved["step_shapes"]
     progress.step_token_counts[:] = [TokenCounts(**counts) for counts in saved["step_token_counts"]]

@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from peftbench.data.sources import Files
 from peftbench.errors import DataError
+from tests.helpers.summaries import load_summaries
 
 TEXT = ["é one", "None"]
 
@@ -17,7 +18,7 @@ TEXT = ["é one", "None"]
 def load(path: Path, columns: dict[str, pyarrow.Array], id_column: str | None = None) -> list[dict[str, str]]:
     """Write a file, load it as the training split and return its rows."""
     parquet.write_table(pyarrow.table(columns), path)
-    return list(Files(train=str(path), id=id_column).load("train"))
+    return list(load_summaries(Files(train=str(path), id=id_column)))
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary", "binary_view"])
@@ -85,14 +86,14 @@ def test_repeated_column_is_refused(tmp_path: Path) -> None:
     table = pyarrow.Table.from_arrays([pyarrow.array(TEXT)] * 3, names=["article", "summary", "summary"])
     parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="has several columns 'summary'"):
-        Files(train=str(tmp_path / "rows.parquet")).load("train")
+        load_summaries(Files(train=str(tmp_path / "rows.parquet")))
 
 
 def test_name_with_a_dot_is_one_column(tmp_path: Path) -> None:
     """It does not select a field of a structure."""
     columns = {"a.b": pyarrow.array(TEXT), "a": pyarrow.array([{"b": "x"}] * 2), "summary": pyarrow.array(TEXT)}
     parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
-    rows = Files(train=str(tmp_path / "rows.parquet"), article="a.b").load("train")
+    rows = load_summaries(Files(train=str(tmp_path / "rows.parquet")), article="a.b")
     assert list(rows["article"]) == TEXT
 
 
@@ -101,4 +102,4 @@ def test_file_that_is_not_parquet_is_refused(content: bytes, tmp_path: Path) -> 
     """The message has the file."""
     (tmp_path / "rows.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"rows\.parquet cannot be read as parquet: it is not a valid Parquet file"):
-        Files(train=str(tmp_path / "rows.parquet")).load("train")
+        load_summaries(Files(train=str(tmp_path / "rows.parquet")))

@@ -47,7 +47,9 @@ def dataset() -> Dataset:
     from datasets import Dataset
 
     ids = [[(index + 1) * 100 + position for position in range(length(index))] for index in range(EXAMPLES)]
-    return Dataset.from_dict({"input_ids": ids, "prompt_tokens": [prompt(index) for index in range(EXAMPLES)]})
+    return Dataset.from_dict(
+        {"input_ids": ids, "label_spans": [[prompt(index), length(index)] for index in range(EXAMPLES)]}
+    )
 
 
 def batches(
@@ -207,7 +209,7 @@ def test_epochs_are_converted_to_steps(count: int, global_batch: int, epochs: fl
     """Steps are epochs * examples / global batch size, rounded up; a rounding error adds no step."""
     from datasets import Dataset
 
-    dataset = Dataset.from_dict({"input_ids": [[1, 2]] * count, "prompt_tokens": [1] * count})
+    dataset = Dataset.from_dict({"input_ids": [[1, 2]] * count, "label_spans": [[1, 2]] * count})
     assert batches(dataset, global_batch).count_steps(None, epochs) == steps
     assert batches(dataset, global_batch).count_steps(7, None) == 7
 
@@ -248,7 +250,7 @@ def test_counts_are_independent_of_the_number_of_processes(micro_batch: int | No
 def test_collate_and_counts_match_hand_computed_values() -> None:
     """Two rows of 5 and 3 tokens with prompts of 2 and 1, and the sum of their counts with another batch's."""
     collator = Collator(PAD, virtual_tokens=4)
-    batch = collator.collate([[11, 12, 13, 14, 15], [21, 22, 23]], [2, 1])
+    batch = collator.collate([[11, 12, 13, 14, 15], [21, 22, 23]], [[2, 5], [1, 3]])
     assert batch.input_ids.tolist() == [[11, 12, 13, 14, 15], [21, 22, 23, PAD, PAD]]
     assert batch.attention_mask is None  # a causal model does not attend to later positions
     assert batch.lengths == (5, 3)
@@ -267,18 +269,18 @@ def test_collate_and_counts_match_hand_computed_values() -> None:
 def test_first_position_is_not_labeled() -> None:
     """A row without a prompt has one label fewer than tokens: nothing predicts its first token."""
     collator = Collator(PAD)
-    assert collator.count_tokens(collator.collate([[1, 2, 3]], [0])).labeled == 2
+    assert collator.count_tokens(collator.collate([[1, 2, 3]], [[0, 3]])).labeled == 2
 
 
 def test_padding_to_a_length_changes_the_padded_count_only() -> None:
     """Every micro-batch is padded to this width."""
     narrow, wide = Collator(PAD), Collator(PAD, pad_to_length=9)
-    rows_and_prompts = ([[11, 12, 13], [21, 22]], [1, 1])
-    batch = wide.collate(*rows_and_prompts)
+    rows_and_spans = ([[11, 12, 13], [21, 22]], [[1, 3], [1, 2]])
+    batch = wide.collate(*rows_and_spans)
     assert batch.input_ids.shape == labels_of(batch).shape == (2, 9)
     assert batch.input_ids[:, 3:].eq(PAD).all()
     assert batch.lengths == (3, 2)
-    counts, expected = wide.count_tokens(batch), narrow.count_tokens(narrow.collate(*rows_and_prompts))
+    counts, expected = wide.count_tokens(batch), narrow.count_tokens(narrow.collate(*rows_and_spans))
     assert (counts.real, counts.labeled, counts.padded) == (expected.real, expected.labeled, 18)
 
 
@@ -298,7 +300,7 @@ def test_virtual_tokens_do_not_change_batches(dataset: Dataset) -> None:
 def test_label_padding_labels_every_position() -> None:
     """Prompts and padding are labeled and counted, as in the published study."""
     collator = Collator(PAD, pad_to_length=6, label_padding=True)
-    batch = collator.collate([[11, 12, 13], [21, 22]], [1, 1])
+    batch = collator.collate([[11, 12, 13], [21, 22]], [[1, 3], [1, 2]])
     labels = labels_of(batch)
     assert torch.equal(labels[:, 1:], batch.input_ids[:, 1:])
     assert labels[:, 0].eq(-100).all()  # nothing predicts the first token
@@ -320,13 +322,13 @@ def test_label_padding_keeps_the_sampled_order(dataset: Dataset) -> None:
 def test_padding_to_a_multiple_matches_hand_computed_values() -> None:
     """Virtual tokens count towards the multiple, and no row exceeds the model's positions."""
     padder, packer = Collator(PAD, 4, pad_to_multiple_of=8), PaddingFreeCollator(PAD, 4, pad_to_multiple_of=8)
-    rows, prompts = [[5] * 7, [6] * 9], [3, 4]
-    padded, packed = padder.collate(rows, prompts), packer.collate(rows, prompts)
+    rows, spans = [[5] * 7, [6] * 9], [[3, 7], [4, 9]]
+    padded, packed = padder.collate(rows, spans), packer.collate(rows, spans)
     assert padded.input_ids.shape == (2, 12)
     assert padder.count_positions([7, 9]) == 2 * 16
     assert packed.input_ids.tolist() == [[PAD] * 4 + [5] * 7 + [PAD] * 4 + [6] * 9]
     assert packer.count_positions([7, 9]) == 24
-    three = packer.collate([*rows, [7]], [*prompts, 1])
+    three = packer.collate([*rows, [7]], [*spans, [1, 1]])
     assert three.packed_sequences is not None
     assert three.packed_sequences.lengths == (11, 13, 5, 3)
     assert three.packed_sequences.virtual_token_indices.tolist() == [0, 1, 2, 3, 11, 12, 13, 14, 24, 25, 26, 27]
@@ -339,7 +341,7 @@ def test_padding_to_a_multiple_matches_hand_computed_values() -> None:
         32, 11**2 + 13**2 + 5**2 + 3**2, 66 + 91 + 15 + 6, 9, 32, 1, 1
     )
     short = Collator(PAD, 4, pad_to_multiple_of=8, max_positions=14)
-    assert short.collate(rows, prompts).input_ids.shape == (2, 10)
+    assert short.collate(rows, spans).input_ids.shape == (2, 10)
     assert short.count_positions([7, 9]) == 2 * 14
 
 

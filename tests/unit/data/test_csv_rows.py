@@ -8,6 +8,7 @@ import pytest
 
 from peftbench.data.sources import Files
 from peftbench.errors import DataError, EmptySplitError, MissingColumnError
+from tests.helpers.summaries import load_summaries
 
 HEADER = "id,article,summary\n"
 
@@ -15,7 +16,7 @@ HEADER = "id,article,summary\n"
 def load(path: Path, content: str) -> list[dict[str, str]]:
     """Write a file, load it as the training split and return its rows."""
     path.write_bytes(content.encode())
-    return list(Files(train=str(path), id="id").load("train"))
+    return list(load_summaries(Files(train=str(path), id="id")))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from peftbench.data.docstring_corpus import (
 from peftbench.data.docstring_parser import Docstring, SummarizationPair, normalize_text
 from peftbench.data.sources import Docstrings
 from peftbench.errors import DataNotFoundError, OutputError
+from tests.helpers.summaries import load_summaries
 
 VALIDATION, TEST = (
     next(package for package, split in HELD_OUT_PACKAGES.items() if split == held_out)
@@ -197,7 +198,7 @@ def test_source_returns_the_pairs(read_corpora: list[Corpus]) -> None:
     """The docstrings source has the corpus's pairs in order, and its fingerprint."""
     source = Docstrings()
     for split in SPLITS:
-        dataset = source.load(split)
+        dataset = load_summaries(source, split)
         pairs = read_corpora[0].pairs[split]
         assert pairs
         assert list(dataset["article"]) == [pair.article for pair in pairs]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,49 +13,41 @@ from peftbench.data.collate import Collator
 from peftbench.data.encode import Encoder, SequenceLayout, hash_tokenizer
 from peftbench.data.sources import Files
 from peftbench.errors import OutOfRangeError, SequenceTooShortError
-from peftbench.recipe.schema import Data
+from peftbench.tasks.completion import Completion
+from peftbench.tasks.summarization import Summarization
 from tests.helpers.batches import labels_of
+from tests.helpers.summaries import SEPARATOR, as_example, load_summaries, summary_encoder
+from tests.helpers.tokenizers import word_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from peftbench.data.readers.rows import Example
+    from peftbench.tasks.base import Task
+
 WriteRows = Callable[[str, Sequence[dict[str, Any]]], str]
-SEPARATOR = "\nTL;DR:"
 ARTICLE = "The council met in the morning and voted on the bridge. " * 20
 SUMMARY = "Council votes on bridge."
-UNKNOWN = "<u>"
+LAYOUT = SequenceLayout(128, 16)
 
 
-def layout(max_tokens: int = 128, new_tokens: int = 16, separator: str = SEPARATOR) -> SequenceLayout:
-    """Return a layout with room for a summary and part of an article."""
-    return SequenceLayout(max_tokens, separator, new_tokens)
+def find_prompt(example: Mapping[str, Any]) -> int:
+    """Return the number of tokens before the labels, which are all tokens after it."""
+    start, end = example["label_spans"]
+    assert end == len(example["input_ids"])
+    return int(start)
 
 
-def word_tokenizer(
-    start: str | None = None, end: str = "<e>", append_end: bool = False, first_word: str = "a"
-) -> PreTrainedTokenizerBase:
-    """Return a tokenizer of whole words that adds ``start`` before a text and, with ``append_end``, ``end`` after it.
-
-    ``first_word`` has the id 3.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = [UNKNOWN, "<e>", "<s>", first_word, "bb", "cc", "=", ">"]
-    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    template = f"{start + ' ' if start else ''}$A{' ' + end if append_end else ''}"
-    backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-        single=template, special_tokens=[(token, vocabulary.index(token)) for token in ("<s>", "<e>")]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, unk_token=UNKNOWN)
+def separator_ids(encoder: Encoder, separator: str = SEPARATOR) -> list[int]:
+    """Return the tokens of the separator."""
+    return list(encoder.tokenizer(separator, add_special_tokens=False)["input_ids"])
 
 
 @pytest.fixture
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """Return an encoder with the shipped base model's tokenizer, whose pad token is its end token."""
-    return Encoder(tokenizer, layout())
+    return summary_encoder(tokenizer)
 
 
 # --- one example -----------------------------------------------------------------------------------------------------
@@ -62,19 +55,19 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
 def test_sequence_is_article_separator_summary_end(encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> None:
     """Each part is encoded separately, and one space is between separator and summary."""
-    example = encoder.encode_example("A short article.", SUMMARY)
+    example = encoder.encode_example(as_example("A short article.", SUMMARY))
     parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("A short article.", SEPARATOR)]
     summary = tokenizer(" " + SUMMARY, add_special_tokens=False)["input_ids"]
     assert example["input_ids"] == [*parts[0], *parts[1], *summary, tokenizer.eos_token_id]
-    assert example["prompt_tokens"] == len(parts[0]) + len(parts[1])
+    assert find_prompt(example) == len(parts[0]) + len(parts[1])
     assert tokenizer.decode(example["input_ids"][:-1]) == f"A short article.{SEPARATOR} {SUMMARY}"
 
 
 @pytest.mark.parametrize("max_tokens", [32, 40, 64, 512])
 def test_only_the_article_is_truncated(max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """At every length limit, the start of the article and the whole separator, summary and end token are kept."""
-    example = Encoder(tokenizer, layout(max_tokens, 8)).encode_example(ARTICLE, SUMMARY)
-    ids, prompt = example["input_ids"], example["prompt_tokens"]
+    example = summary_encoder(tokenizer, max_tokens, 8).encode_example(as_example(ARTICLE, SUMMARY))
+    ids, prompt = example["input_ids"], find_prompt(example)
     article = tokenizer(ARTICLE, add_special_tokens=False)["input_ids"]
     separator = tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]
     target = [*tokenizer(" " + SUMMARY, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -87,14 +80,14 @@ def test_only_the_article_is_truncated(max_tokens: int, tokenizer: PreTrainedTok
 
 def test_end_token_is_labeled_even_if_it_is_the_pad_token(encoder: Encoder) -> None:
     """If the end token and padding have the same id, the end token is in the loss and the padding after it is not."""
-    short_example, long_example = encoder.encode_example("Short.", SUMMARY), encoder.encode_example(ARTICLE, SUMMARY)
+    short_example, long_example = (encoder.encode_example(as_example(text, SUMMARY)) for text in ("Short.", ARTICLE))
     collator = Collator(pad_token_id=encoder.eos_token_id)
     batch = collator.collate(
         [short_example["input_ids"], long_example["input_ids"]],
-        [short_example["prompt_tokens"], long_example["prompt_tokens"]],
+        [short_example["label_spans"], long_example["label_spans"]],
     )
     for row, example in enumerate((short_example, long_example)):
-        length, prompt = len(example["input_ids"]), example["prompt_tokens"]
+        length, prompt = len(example["input_ids"]), find_prompt(example)
         labels = labels_of(batch)[row].tolist()
         assert labels[:prompt] == [-100] * prompt
         assert labels[prompt:length] == example["input_ids"][prompt:]
@@ -105,15 +98,16 @@ def test_end_token_is_labeled_even_if_it_is_the_pad_token(encoder: Encoder) -> N
 
 def test_spaces_around_a_summary_are_ignored(encoder: Encoder) -> None:
     """A summary is encoded equally with and without spaces and line breaks around it."""
-    assert encoder.encode_example("Text.", f"  {SUMMARY}\n") == encoder.encode_example("Text.", SUMMARY)
+    spaced, plain = (encoder.encode_example(as_example("Text.", one)) for one in (f"  {SUMMARY}\n", SUMMARY))
+    assert spaced == plain
 
 
 @pytest.mark.parametrize("separator", ["TL;DR: ", " ", ""])
 def test_separator_that_ends_in_a_space_is_refused(separator: str) -> None:
     """A trailing space would be tokenized differently in generation and in training."""
     with pytest.raises(ValueError, match="must be non-empty text that does not end in a space"):
-        Data(source=Files(train="x.csv"), separator=separator)
-    assert Data(source=Files(train="x.csv"), separator="TL;DR:\n").separator == "TL;DR:\n"
+        Summarization(separator=separator)
+    assert Summarization(separator="TL;DR:\n").separator == "TL;DR:\n"
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -125,10 +119,10 @@ ARTICLES = ["A short article.", "ends in spaces   ", "", "line\nbreaks\n", "naï
 @pytest.mark.parametrize("separator", [SEPARATOR, " =>", "\n\nSummary:\n"])
 def test_prompt_equals_the_prefix_in_training(article: str, separator: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """If nothing is truncated, a prompt has exactly the tokens before the first label in training."""
-    encoder = Encoder(tokenizer, layout(separator=separator))
-    example = encoder.encode_example(article, SUMMARY)
+    encoder = summary_encoder(tokenizer, separator=separator)
+    example = encoder.encode_example(as_example(article, SUMMARY))
     assert len(example["input_ids"]) < encoder.layout.max_length  # nothing was truncated
-    assert encoder.encode_prompt(article) == example["input_ids"][: example["prompt_tokens"]]
+    assert encoder.encode_prompt(as_example(article)) == example["input_ids"][: find_prompt(example)]
 
 
 def test_prompt_equals_the_start_of_the_tokenized_whole_text(
@@ -136,22 +130,22 @@ def test_prompt_equals_the_start_of_the_tokenized_whole_text(
 ) -> None:
     """Encoding the parts separately gives the tokens of the whole text, so generation continues normal text."""
     whole = tokenizer(f"A short article.{SEPARATOR} {SUMMARY}", add_special_tokens=False)["input_ids"]
-    prompt = encoder.encode_prompt("A short article.")
+    prompt = encoder.encode_prompt(as_example("A short article."))
     assert whole[: len(prompt)] == prompt
 
 
-def test_prompt_reserves_room_for_new_tokens(encoder: Encoder) -> None:
+def test_prompt_reserves_room_for_new_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """A long article is truncated until the new tokens fit after the whole separator."""
-    for reserved_tokens in (None, 1, 60):
-        prompt = encoder.encode_prompt(ARTICLE, reserved_tokens)
-        new_tokens = encoder.layout.max_new_tokens if reserved_tokens is None else reserved_tokens
+    for new_tokens in (16, 1, 60):
+        encoder = summary_encoder(tokenizer, max_new_tokens=new_tokens)
+        prompt, separator = encoder.encode_prompt(as_example(ARTICLE)), separator_ids(encoder)
         assert len(prompt) + new_tokens == encoder.layout.max_length
-        assert prompt[-len(encoder.separator_ids) :] == encoder.separator_ids
+        assert prompt[-len(separator) :] == separator
 
 
 def test_decoding_stops_at_the_first_end_token(encoder: Encoder) -> None:
     """Tokens after the first end token, and spaces around the text, are not in the summary."""
-    ids = encoder.encode_example("", SUMMARY)["input_ids"][len(encoder.separator_ids) :]
+    ids = encoder.encode_example(as_example("", SUMMARY))["input_ids"][len(separator_ids(encoder)) :]
     assert encoder.decode([*ids, *ids]) == SUMMARY
     assert encoder.decode(ids[:-1]) == SUMMARY
     assert encoder.decode([encoder.eos_token_id, *ids]) == ""
@@ -175,12 +169,12 @@ def test_start_token_is_added_once_at_the_start(
     make_tokenizer: Callable[[], PreTrainedTokenizerBase], start: list[int]
 ) -> None:
     """The start token is before the article only, and the end token is at the end only."""
-    encoder = Encoder(make_tokenizer(), layout(separator="=>"))
-    example = encoder.encode_example("a bb", "cc")
-    assert example["input_ids"] == [*start, 3, 4, *encoder.separator_ids, 5, 1]
-    assert encoder.encode_prompt("a bb") == example["input_ids"][: example["prompt_tokens"]]
-    assert example["needed"] == len(start) + 1 + len(encoder.separator_ids) + 2
-    truncated = encoder.encode_example("a bb " * 200, "cc")["input_ids"]
+    encoder = summary_encoder(make_tokenizer(), separator="=>")
+    example, separator = encoder.encode_example(as_example("a bb", "cc")), separator_ids(encoder, "=>")
+    assert example["input_ids"] == [*start, 3, 4, *separator, 5, 1]
+    assert encoder.encode_prompt(as_example("a bb")) == example["input_ids"][: find_prompt(example)]
+    assert example["needed"] == len(start) + 1 + len(separator) + 2
+    truncated = encoder.encode_example(as_example("a bb " * 200, "cc"))["input_ids"]
     assert truncated[: len(start)] == start
     assert len(truncated) == encoder.layout.max_length
 
@@ -193,7 +187,7 @@ def test_llama_tokenizer_adds_one_start_token(shared_data: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = Encoder(tokenizer, layout()).encode_example("Once upon a time.", SUMMARY)["input_ids"]
+    ids = summary_encoder(tokenizer).encode_example(as_example("Once upon a time.", SUMMARY))["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
@@ -205,7 +199,7 @@ def test_tokenizer_without_an_end_token_is_refused() -> None:
     tokenizer = word_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(OutOfRangeError, match="has no end-of-sequence token"):
-        Encoder(tokenizer, layout())
+        summary_encoder(tokenizer)
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -216,7 +210,6 @@ def layout_for_model(
 ) -> SequenceLayout:
     """Return the layout for a model with this many positions."""
     return SequenceLayout.for_model(
-        separator=SEPARATOR,
         max_length=max_tokens,
         max_new_tokens=new_tokens,
         max_positions=positions,
@@ -279,12 +272,31 @@ def test_max_new_tokens_must_leave_room_for_an_article(new_tokens: int) -> None:
 
 def test_separator_and_new_tokens_must_leave_room_for_an_article(tokenizer: PreTrainedTokenizerBase) -> None:
     """Separator, new tokens and one token of the article must fit the length limit."""
-    separator = len(Encoder(tokenizer, layout()).separator_ids)
+    separator = len(separator_ids(summary_encoder(tokenizer)))
     new_tokens = 64 - separator - 1
-    encoder = Encoder(tokenizer, layout(64, new_tokens))
-    assert len(encoder.encode_prompt(ARTICLE)) + new_tokens == 64
-    with pytest.raises(SequenceTooShortError, match=f"max_new_tokens={new_tokens + 1} and {separator} tokens of separ"):
-        Encoder(tokenizer, layout(64, new_tokens + 1))
+    encoder = summary_encoder(tokenizer, 64, new_tokens)
+    assert len(encoder.encode_prompt(as_example(ARTICLE))) + new_tokens == 64
+    sentence = (
+        rf"the prompt of example 0 leaves no room for evaluate\.max_new_tokens={new_tokens + 1} in 64 tokens; "
+        r"lower it, or raise data\.max_length"
+    )
+    with pytest.raises(SequenceTooShortError, match=sentence):
+        summary_encoder(tokenizer, 64, new_tokens + 1).encode_prompt(as_example(ARTICLE))
+
+
+def test_split_whose_prompts_leave_no_room_for_new_tokens_is_refused(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+) -> None:
+    """This holds for an evaluated split before the model runs; a split for training alone needs no room."""
+    new_tokens = 64 - len(separator_ids(summary_encoder(tokenizer)))
+    encoder, short = summary_encoder(tokenizer, 64, new_tokens), dataset.select(range(2))
+    assert encoder.encode_split(short, "train", "refuse")[1] == 0
+    sentence = (
+        f"2 of 2 examples of the test split do not fit 64 tokens with {new_tokens} generated ones, even after what "
+        "may be cut is cut (example k0 needs 65); raise data.max_length, or set data.overlong=drop"
+    )
+    with pytest.raises(SequenceTooShortError, match=re.escape(sentence)):
+        encoder.encode_split(short, "test", "refuse", is_evaluated=True)
 
 
 # --- whole splits ----------------------------------------------------------------------------------------------------
@@ -297,7 +309,7 @@ def dataset(write_rows: WriteRows) -> Dataset:
         {"article": ARTICLE, "summary": summary, "key": f"k{index}"}
         for index, summary in enumerate((SUMMARY, "Yes.", SUMMARY * 9))
     ]
-    return Files(train=write_rows("train.jsonl", rows), id="key").load("train")
+    return load_summaries(Files(train=write_rows("train.jsonl", rows), id="key"))
 
 
 def test_encode_split_encodes_each_example_in_order(encoder: Encoder, dataset: Dataset) -> None:
@@ -306,36 +318,36 @@ def test_encode_split_encodes_each_example_in_order(encoder: Encoder, dataset: D
     assert dropped == 0
     assert len(encoded) == len(dataset) == 3
     for row, source in zip(encoded, dataset, strict=True):
-        example = encoder.encode_example(source["article"], source["summary"])
+        example = encoder.encode_example(source)
         assert {key: row[key] for key in example} == example
 
 
 def test_overlong_example_is_refused_with_its_length(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """The error has the number of overlong examples, the longest one, its length and the limit."""
-    encoder = Encoder(tokenizer, layout(32, 8))
-    needed = encoder.encode_example(ARTICLE, SUMMARY * 9)["needed"]
+    encoder = summary_encoder(tokenizer, 32, 8)
+    needed = encoder.encode_example(as_example(ARTICLE, SUMMARY * 9))["needed"]
     assert needed > 32
     with pytest.raises(SequenceTooShortError) as error:
         encoder.encode_split(dataset, "train", "refuse")
     assert "1 of 3 examples of the train split do not fit 32 tokens" in str(error.value)
-    assert f"(k2 needs {needed})" in str(error.value)
+    assert f"(example k2 needs {needed}); raise data.max_length, or set data.overlong=drop" in str(error.value)
 
 
 def test_needed_length_includes_one_token_of_article(tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
     """At a limit of exactly ``needed`` tokens one token of the article is kept; at one less the example is refused."""
-    needed = Encoder(tokenizer, layout()).encode_example(ARTICLE, SUMMARY * 9)["needed"]
-    encoder = Encoder(tokenizer, layout(needed, 4))
+    needed = summary_encoder(tokenizer).encode_example(as_example(ARTICLE, SUMMARY * 9))["needed"]
+    encoder = summary_encoder(tokenizer, needed, 4)
     encoded, dropped = encoder.encode_split(dataset, "train", "refuse")
     assert dropped == 0
     assert len(encoded[2]["input_ids"]) == needed
-    assert encoded[2]["prompt_tokens"] == 1 + len(encoder.separator_ids)
+    assert find_prompt(encoded[2]) == 1 + len(separator_ids(encoder))
     with pytest.raises(SequenceTooShortError):
-        Encoder(tokenizer, layout(needed - 1, 4)).encode_split(dataset, "train", "refuse")
+        summary_encoder(tokenizer, needed - 1, 4).encode_split(dataset, "train", "refuse")
 
 
 def test_overlong_examples_are_dropped_and_counted(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """The other examples keep their order, and the number of dropped examples is returned."""
-    encoded, dropped = Encoder(tokenizer, layout(32, 8)).encode_split(dataset, "train", "drop")
+    encoded, dropped = summary_encoder(tokenizer, 32, 8).encode_split(dataset, "train", "drop")
     assert dropped == 1
     assert list(encoded["id"]) == ["k0", "k1"]
     assert max(map(len, encoded["input_ids"])) <= 32
@@ -345,7 +357,7 @@ def test_dropping_every_example_is_refused(write_rows: WriteRows, tokenizer: Pre
     """If no example fits, nothing is left to train on."""
     path = write_rows("train.jsonl", [{"article": ARTICLE, "summary": SUMMARY * 9}])
     with pytest.raises(SequenceTooShortError, match="1 of 1 examples"):
-        Encoder(tokenizer, layout(32, 8)).encode_split(Files(train=path).load("train"), "train", "drop")
+        summary_encoder(tokenizer, 32, 8).encode_split(load_summaries(Files(train=path)), "train", "drop")
 
 
 class CountingEncoder(Encoder):
@@ -353,9 +365,16 @@ class CountingEncoder(Encoder):
 
     calls = 0
 
-    def encode_example(self, article: str, summary: str) -> dict[str, Any]:
-        type(self).calls += 1
-        return super().encode_example(article, summary)
+    def encode_batch(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        type(self).calls += len(examples)
+        return super().encode_batch(examples)
+
+
+def counting_encoder(
+    tokenizer: PreTrainedTokenizerBase, layout: SequenceLayout = LAYOUT, task: Task | None = None
+) -> CountingEncoder:
+    """Return an encoder of articles and summaries, or of another task, that counts."""
+    return CountingEncoder(tokenizer, layout, task or Summarization())
 
 
 @pytest.fixture
@@ -374,39 +393,50 @@ def test_encoded_split_is_cached(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count_encoded: Callable[[], int]
 ) -> None:
     """A second, equal encoder reads the cache and returns the same examples."""
-    first, _ = CountingEncoder(tokenizer, layout()).encode_split(dataset, "train", "refuse")
+    first, _ = counting_encoder(tokenizer).encode_split(dataset, "train", "refuse")
     assert count_encoded() == 3
-    second, _ = CountingEncoder(tokenizer, layout()).encode_split(dataset, "train", "refuse")
+    second, _ = counting_encoder(tokenizer).encode_split(dataset, "train", "refuse")
     assert count_encoded() == 0
     assert second.to_dict() == first.to_dict()
 
 
 @pytest.mark.parametrize(
-    "other",
-    [layout(120), layout(separator=" =>"), layout(new_tokens=17)],
-    ids=["max_tokens", "separator", "new_tokens"],
+    ("layout", "task"),
+    [
+        (SequenceLayout(120, 16), Summarization()),
+        (SequenceLayout(128, 17), Summarization()),
+        (LAYOUT, Summarization(separator=" =>")),
+        (LAYOUT, Completion(prompt="article", completion="summary")),
+    ],
+    ids=["max_length", "max_new_tokens", "separator", "task"],
 )
-def test_another_layout_is_encoded_again(
-    other: SequenceLayout, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count_encoded: Callable[[], int]
+def test_another_layout_or_task_is_encoded_again(
+    layout: SequenceLayout,
+    task: Task,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    count_encoded: Callable[[], int],
 ) -> None:
-    """The cache of one layout is not used for another."""
-    CountingEncoder(tokenizer, layout()).encode_split(dataset, "train", "refuse")
+    """The cache of one layout and task is not used for another."""
+    if task.kind == "completion":
+        dataset = dataset.add_column("prompt", dataset["article"]).add_column("completion", dataset["summary"])
+    counting_encoder(tokenizer).encode_split(dataset, "train", "refuse")
     count_encoded()
-    encoded, _ = CountingEncoder(tokenizer, other).encode_split(dataset, "train", "refuse")
+    encoded, _ = counting_encoder(tokenizer, layout, task).encode_split(dataset, "train", "refuse")
     assert count_encoded() == 3
-    assert encoded[0]["input_ids"] == Encoder(tokenizer, other).encode_example(ARTICLE, SUMMARY)["input_ids"]
+    assert encoded[0]["input_ids"] == Encoder(tokenizer, layout, task).encode_example(dataset[0])["input_ids"]
 
 
 def test_another_tokenizer_is_encoded_again(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count_encoded: Callable[[], int]
 ) -> None:
     """The cache of one tokenizer is not used for another of the same class."""
-    CountingEncoder(tokenizer, layout()).encode_split(dataset, "train", "refuse")
+    counting_encoder(tokenizer).encode_split(dataset, "train", "refuse")
     for other in (word_tokenizer(), word_tokenizer(first_word="The"), word_tokenizer(start="<s>")):
         count_encoded()
-        encoded, _ = CountingEncoder(other, layout()).encode_split(dataset, "train", "refuse")
+        encoded, _ = counting_encoder(other).encode_split(dataset, "train", "refuse")
         assert count_encoded() == 3
-        assert encoded[0]["input_ids"] == Encoder(other, layout()).encode_example(ARTICLE, SUMMARY)["input_ids"]
+        assert encoded[0]["input_ids"] == summary_encoder(other).encode_example(dataset[0])["input_ids"]
 
 
 def test_tokenizer_hash_depends_on_its_behavior(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -430,13 +460,13 @@ def test_tokenizer_hash_depends_on_its_behavior(tokenizer: PreTrainedTokenizerBa
 )
 def test_name_of_a_control_token_is_text(article: str, summary: str, encoder: Encoder) -> None:
     """Only the last id ends the summary, and decoding gives the texts back."""
-    example = encoder.encode_example(article, summary)
-    ids, prompt_tokens = example["input_ids"], example["prompt_tokens"]
+    example = encoder.encode_example(as_example(article, summary))
+    ids, prompt = example["input_ids"], find_prompt(example)
     assert ids.count(encoder.eos_token_id) == 1
     assert ids[-1] == encoder.eos_token_id
-    assert encoder.decode(ids[prompt_tokens:]) == summary
-    assert encoder.tokenizer.decode(ids[: prompt_tokens - len(encoder.separator_ids)]) == article
-    assert encoder.eos_token_id not in encoder.encode_prompt(article)
+    assert encoder.decode(ids[prompt:]) == summary
+    assert encoder.tokenizer.decode(ids[: prompt - len(separator_ids(encoder))]) == article
+    assert encoder.eos_token_id not in encoder.encode_prompt(as_example(article))
     assert example["control_tokens"] == 0
 
 
@@ -446,14 +476,14 @@ def test_control_token_that_cannot_be_split_is_counted() -> None:
 
     tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    encoder = Encoder(tokenizer, layout(32, 8, "="))
-    assert encoder.encode_example("a <e> bb", "cc <e>")["control_tokens"] == 2
-    assert encoder.encode_example("a zzz bb", "cc")["control_tokens"] == 0
+    encoder = summary_encoder(tokenizer, 32, 8, "=")
+    assert encoder.encode_example(as_example("a <e> bb", "cc <e>"))["control_tokens"] == 2
+    assert encoder.encode_example(as_example("a zzz bb", "cc"))["control_tokens"] == 0
 
 
 def test_cut_examples_are_counted(encoder: Encoder) -> None:
     """The number of tokens that the article lost."""
-    assert encoder.encode_example("The council met.", SUMMARY)["cut_tokens"] == 0
-    example = encoder.encode_example(ARTICLE, SUMMARY)
-    kept = example["prompt_tokens"] - len(encoder.separator_ids)
+    assert encoder.encode_example(as_example("The council met.", SUMMARY))["cut_tokens"] == 0
+    example = encoder.encode_example(as_example(ARTICLE, SUMMARY))
+    kept = find_prompt(example) - len(separator_ids(encoder))
     assert example["cut_tokens"] == len(encoder.tokenizer(ARTICLE)["input_ids"]) - kept > 0

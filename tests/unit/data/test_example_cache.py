@@ -9,17 +9,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from peftbench.data.base import Source
-from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.data.hub import Hub
 from peftbench.data.sources import Files
 from peftbench.errors import DataError, DiskFullError, OutputError
+from peftbench.tasks.summarization import Summarization
 from tests.helpers.disks import mount_tmpfs
+from tests.helpers.summaries import load_summaries, summary_encoder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 SAME_TIME = (10**9, 10**9)
 
@@ -42,12 +48,17 @@ def write(path: Path, color: str) -> None:
 def from_file(path: Path) -> Source:
     """Return the source of a file in each split."""
     name = str(path)
-    return Files(train=name, validation=name, test=name, summary="highlights")
+    return Files(train=name, validation=name, test=name)
 
 
 def from_folder(path: Path) -> Source:
     """Return the source of the folder of a file."""
     return Hub(path=str(path.parent), config=None, id=None)
+
+
+def load(source: Source, split: str = "train") -> Dataset:
+    """Return the examples of a split."""
+    return load_summaries(source, split, summary="highlights")
 
 
 CASES: list[tuple[Callable[[Path], Source], str, str]] = [
@@ -62,18 +73,18 @@ CASES: list[tuple[Callable[[Path], Source], str, str]] = [
 
 @pytest.mark.parametrize(("source_of", "name", "split"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_replaced_file_of_the_same_time_gives_the_new_rows(
-    source_of: Callable[[Path], Source], name: str, split: str, tmp_path: Path, tokenizer: object
+    source_of: Callable[[Path], Source], name: str, split: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """This holds for the rows and for their encoding."""
-    encoder = Encoder(tokenizer, SequenceLayout(96, "\nTL;DR:", 16))  # type: ignore[arg-type]
+    encoder = summary_encoder(tokenizer, 96)
     path, fingerprints = tmp_path / "data" / name, set()
     for color in ("red", "tan", "red"):
         write(path, color)
-        dataset = source_of(path).load(split)
+        dataset = load(source_of(path), split)
         assert list(dataset["summary"]) == [f"{color} ship {i}" for i in range(8)]
         encoded, _ = encoder.encode_split(dataset.shuffle(seed=0).select(range(4)), split, "drop")
         for row in encoded:
-            assert encoder.decode(row["input_ids"][row["prompt_tokens"] :]) == row["summary"]
+            assert encoder.decode(row["input_ids"][slice(*row["label_spans"])]) == row["summary"]
             assert row["summary"].startswith(color)
         fingerprints.add(dataset._fingerprint)
     assert len(fingerprints) == 2
@@ -84,7 +95,7 @@ def test_equal_content_is_read_once(tmp_path: Path, own_cache: Path) -> None:
     write(tmp_path / "one.jsonl", "red")
     write(tmp_path / "two.jsonl", "red")
     os.utime(tmp_path / "two.jsonl")
-    first, second = from_file(tmp_path / "one.jsonl").load("train"), from_file(tmp_path / "two.jsonl").load("test")
+    first, second = load(from_file(tmp_path / "one.jsonl")), load(from_file(tmp_path / "two.jsonl"), "test")
     assert first._fingerprint == second._fingerprint
     assert first.cache_files == second.cache_files
     assert len(list(own_cache.rglob("examples.arrow"))) == 1
@@ -93,8 +104,9 @@ def test_equal_content_is_read_once(tmp_path: Path, own_cache: Path) -> None:
 def test_other_columns_or_format_are_read_again(tmp_path: Path) -> None:
     """The key has the used columns and the format, as well as the bytes."""
     write(tmp_path / "rows.jsonl", "red")
-    normal = Files(train=str(tmp_path / "rows.jsonl"), summary="highlights").load("train")
-    swapped = Files(train=str(tmp_path / "rows.jsonl"), article="highlights", summary="article").load("train")
+    source = Files(train=str(tmp_path / "rows.jsonl"))
+    normal = load(source)
+    swapped = load_summaries(source, article="highlights", summary="article")
     assert normal[0]["article"] == swapped[0]["summary"]
     assert normal._fingerprint != swapped._fingerprint
 
@@ -103,8 +115,9 @@ def test_every_process_gets_the_same_examples(tmp_path: Path, own_cache: Path) -
     """Processes that read a file at once agree on the rows and on the key of everything that is derived from them."""
     write(tmp_path / "rows.jsonl", "red")
     code = (
-        "import sys; from peftbench.data.sources import Files; "
-        "d = Files(train=sys.argv[1], summary='highlights').load('train'); "
+        "import sys; from peftbench.data.readers.rows import Columns; from peftbench.data.sources import Files; "
+        "columns = Columns({'article': 'article', 'summary': 'highlights'}); "
+        "d = Files(train=sys.argv[1]).load('train', columns); "
         "print(d._fingerprint, d.shuffle(seed=3)._fingerprint, d[7])"
     )
     environment = os.environ | {"HF_DATASETS_CACHE": str(own_cache / "shared")}
@@ -129,16 +142,16 @@ def test_file_in_the_cache_is_not_replaced_by_an_equal_one(tmp_path: Path, own_c
     """A process that finishes later keeps the file that others may have mapped."""
     from peftbench.data.example_cache import load_cached_examples
 
-    example = {"id": "0", "article": "a", "summary": "s"}
+    example, columns = {"id": "0", "article": "a", "summary": "s"}, Summarization().select_columns(None)
 
     def read_while_another_stores() -> list[dict[str, str]]:
-        load_cached_examples(["key"], lambda: [example], "reading")
+        load_cached_examples(["key"], columns, lambda: [example], "reading")
         (stored,) = own_cache.rglob("examples.arrow")
         inodes.append(stored.stat().st_ino)
         return [example]
 
     inodes: list[int] = []
-    dataset = load_cached_examples(["key"], read_while_another_stores, "reading")
+    dataset = load_cached_examples(["key"], columns, read_while_another_stores, "reading")
     files = [path for path in own_cache.rglob("*") if path.is_file()]
     assert [file.stat().st_ino for file in files] == inodes
     assert list(dataset) == [example]
@@ -147,10 +160,10 @@ def test_file_in_the_cache_is_not_replaced_by_an_equal_one(tmp_path: Path, own_c
 def test_damaged_cache_is_written_again(tmp_path: Path, own_cache: Path) -> None:
     """A file of the cache that cannot be read does not stop the run."""
     write(tmp_path / "rows.jsonl", "red")
-    from_file(tmp_path / "rows.jsonl").load("train")
+    load(from_file(tmp_path / "rows.jsonl"))
     (cached,) = own_cache.rglob("examples.arrow")
     cached.write_bytes(b"damaged")
-    assert len(from_file(tmp_path / "rows.jsonl").load("train")) == 8
+    assert len(load(from_file(tmp_path / "rows.jsonl"))) == 8
 
 
 def test_refused_file_leaves_nothing_in_the_cache(tmp_path: Path, own_cache: Path) -> None:
@@ -158,7 +171,7 @@ def test_refused_file_leaves_nothing_in_the_cache(tmp_path: Path, own_cache: Pat
     (tmp_path / "rows.jsonl").write_text('{"article": "a", "highlights": "b"}\n' * 3000 + "{", encoding="utf-8")
     for _ in range(2):
         with pytest.raises(DataError, match="line 3001 ends before its object is complete"):
-            from_file(tmp_path / "rows.jsonl").load("train")
+            load(from_file(tmp_path / "rows.jsonl"))
     assert [path for path in own_cache.rglob("*") if path.is_file()] == []
 
 
@@ -177,9 +190,9 @@ def test_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(local_files, "hash_content", hash_then_replace)
     with pytest.raises(DataError, match=r"rows\.jsonl changed while it was read; run again"):
-        from_file(path).load("train")
+        load(from_file(path))
     monkeypatch.undo()
-    assert from_file(path).load("train")[0]["summary"] == "tan ship 0"
+    assert load(from_file(path))[0]["summary"] == "tan ship 0"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +208,7 @@ def test_cache_that_cannot_be_written_is_the_named_cause(
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     with pytest.raises(OutputError, match=r"cannot write .*file/cache.*: Not a directory; set HF_HOME or HF_DATASETS"):
-        source_of(tmp_path / "data" / name).load("train")
+        load(source_of(tmp_path / "data" / name))
 
 
 @pytest.mark.parametrize(
@@ -212,5 +225,5 @@ def test_full_or_read_only_cache_is_the_named_cause(
     with mount_tmpfs(tmp_path / "disk", options) as disk:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", disk)
         with pytest.raises(kind, match=f"{cause}.*; set HF_HOME or HF_DATASETS_CACHE"):
-            from_file(tmp_path / "rows.jsonl").load("train")
+            load(from_file(tmp_path / "rows.jsonl"))
         assert [path for path in disk.rglob("*") if path.is_file()] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow
 import pytest
@@ -20,6 +21,10 @@ from peftbench.errors import (
     OutputError,
     PeftbenchError,
 )
+from tests.helpers.summaries import load_summaries, select_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @pytest.fixture
@@ -27,6 +32,11 @@ def folder(tmp_path: Path) -> Path:
     """Return an empty folder for a data set."""
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
+
+
+def load(source: Hub) -> Dataset:
+    """Return the training split."""
+    return load_summaries(source, summary="highlights")
 
 
 HEADER = "id,article,highlights\n"
@@ -72,7 +82,7 @@ def write_parquet(folder: Path) -> None:
 def test_cells_are_text_as_written(write: Callable[[Path], None], folder: Path) -> None:
     """No number is read from text and no text is taken for a missing value, whichever library reads the file."""
     write(folder)
-    rows = Hub(path=str(folder), config=None).load("train")
+    rows = load(Hub(path=str(folder), config=None))
     assert [(row["id"], row["article"], row["summary"]) for row in rows] == [
         tuple(line.split(",")) for line in CELLS.split()
     ]
@@ -94,7 +104,7 @@ def test_cell_that_is_not_text_is_refused(row: str, fault: str, is_compressed: b
     name = "train.jsonl.gz" if is_compressed else "train.jsonl"
     (folder / name).write_bytes(gzip.compress(content) if is_compressed else content)
     with pytest.raises(DataError, match=fault) as error:
-        Hub(path=str(folder), config=None, id=None).load("train")
+        load(Hub(path=str(folder), config=None, id=None))
     assert type(error.value) is DataError
     assert str(error.value).isprintable()
 
@@ -105,13 +115,13 @@ def test_shard_is_named_with_its_line(folder: Path) -> None:
         line = f'{{"article": "{text}", "highlights": "s"}}\n'
         (folder / f"train-0000{index}-of-00002.jsonl").write_text(line, encoding="utf-8")
     source = Hub(path=str(folder), config=None, id=None)
-    assert [(row["id"], row["article"]) for row in source.load("train")] == [("0", "a"), ("1", "b")]
+    assert [(row["id"], row["article"]) for row in load(source)] == [("0", "a"), ("1", "b")]
     with (folder / "train-00001-of-00002.jsonl").open("a", encoding="utf-8") as file:
         file.write(",\n")
     with pytest.raises(
         DataError, match=r"train-00001-of-00002\.jsonl cannot be read as json: line 2 has an extra comma"
     ):
-        source.load("train")
+        load(source)
 
 
 def answer_with(dataset: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +143,7 @@ def test_bytes_of_a_hub_data_set_are_decoded(monkeypatch: pytest.MonkeyPatch) ->
 
     rows = {"article": [b"\xc3\xa9", b"b"], "highlights": ["NA", "00500"], "id": [1, 2]}
     answer_with(Dataset.from_dict(rows), monkeypatch)
-    assert [tuple(row.values()) for row in Hub().load("train")] == [("1", "é", "NA"), ("2", "b", "00500")]
+    assert [tuple(row.values()) for row in load(Hub())] == [("1", "é", "NA"), ("2", "b", "00500")]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +163,7 @@ def test_cell_of_a_hub_data_set_that_is_not_text_is_refused(
 
     answer_with(Dataset.from_dict({"article": ["a", "b"], "highlights": column}), monkeypatch)
     with pytest.raises(DataError) as error:
-        Hub(id=None).load("train")
+        load(Hub(id=None))
     assert fault in str(error.value)
 
 
@@ -180,7 +190,7 @@ def test_each_failure_of_the_hub_has_its_own_cause(
 ) -> None:
     """A cache that cannot be written is not reported as a missing data set or a missing network."""
     answer_with(error, monkeypatch)
-    for call in (Hub().fingerprint, lambda: Hub().load("test")):
+    for call in (Hub().fingerprint, lambda: load_summaries(Hub(), "test")):
         with pytest.raises(kind, match=cause) as raised:
             call()
         assert type(raised.value) is kind
@@ -199,21 +209,25 @@ def test_path_that_is_no_name_on_the_hub_is_refused_at_once(
 
     monkeypatch.setattr(datasets, "load_dataset", ask)
     monkeypatch.setattr(datasets, "load_dataset_builder", ask)
-    arguments = () if method == "fingerprint" else ("train",)
+    source = Hub(path=path)
+    arguments = () if method == "fingerprint" else ("train", select_columns(source))
     with pytest.raises(DataNotFoundError, match="the folder does not exist, and this is not the name of a data set"):
-        getattr(Hub(path=path), method)(*arguments)
+        getattr(source, method)(*arguments)
 
 
 def test_broken_link_in_a_folder_is_the_named_cause(folder: Path) -> None:
     """Such a link is left when a snapshot of the Hub's cache is copied without its files."""
     (folder / "train.jsonl").symlink_to("../../blobs/0")
+    source = Hub(path=str(folder), config=None)
     with pytest.raises(DataNotFoundError, match=r"train\.jsonl is a link to \.\./\.\./blobs/0, which does not exist"):
-        Hub(path=str(folder), config=None).check("train")
+        source.check("train", select_columns(source))
 
 
 def test_missing_split_of_a_folder_is_found_by_the_check(folder: Path) -> None:
     """The error lists the splits that the folder has."""
     write_csv(folder)
-    Hub(path=str(folder), config=None).check("train")
+    source = Hub(path=str(folder), config=None)
+    columns = select_columns(source, summary="highlights")
+    source.check("train", columns)
     with pytest.raises(EmptySplitError, match="does not exist: the folder has the splits train"):
-        Hub(path=str(folder), config=None).check("test")
+        source.check("test", columns)

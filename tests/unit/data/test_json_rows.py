@@ -8,6 +8,7 @@ import pytest
 
 from peftbench.data.sources import Files
 from peftbench.errors import DataError, EmptySplitError, MissingColumnError
+from tests.helpers.summaries import load_summaries
 
 GOOD = '{"article": "a", "summary": "s"}\n'
 
@@ -15,7 +16,7 @@ GOOD = '{"article": "a", "summary": "s"}\n'
 def load(path: Path, content: str, **keys: str) -> list[dict[str, str]]:
     """Write a file, load it as the training split and return its rows."""
     path.write_bytes(content.encode())
-    return list(Files(train=str(path), **keys).load("train"))
+    return list(load_summaries(Files(train=str(path), **keys)))
 
 
 @pytest.mark.parametrize(

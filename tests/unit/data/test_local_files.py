@@ -9,6 +9,7 @@ import pytest
 
 from peftbench.data.sources import Files
 from peftbench.errors import DataError, DataNotFoundError, MissingColumnError, PeftbenchError
+from tests.helpers.summaries import load_summaries, select_columns
 
 GOOD = '{"article": "a", "summary": "s"}\n'
 
@@ -59,8 +60,9 @@ def test_path_that_is_no_file_has_its_cause(
     """The message has the key, its value and the cause."""
     path = tmp_path / "rows.jsonl"
     make(path)  # type: ignore[operator]
+    source = Files(train=str(path))
     with pytest.raises(PeftbenchError) as error:
-        getattr(Files(train=str(path)), method)("train")
+        getattr(source, method)("train", select_columns(source))
     assert str(error.value).startswith(f"data.source.train='{path}' {cause}")
     assert type(error.value) is kind
 
@@ -79,7 +81,7 @@ def test_impossible_path_is_refused(name: str, kind: type[DataError], tmp_path: 
     """No other exception is raised for a path that the system does not accept."""
     (tmp_path / "rows.jsonl").write_text(GOOD, encoding="utf-8")
     with pytest.raises(DataError) as error:
-        Files(train=str(tmp_path / name)).load("train")
+        load_summaries(Files(train=str(tmp_path / name)))
     assert type(error.value) is kind
 
 
@@ -90,19 +92,20 @@ def test_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.
     if os.access(tmp_path / "rows.jsonl", os.R_OK):
         monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(DataError, match=r"cannot be read: Permission denied; change its permissions"):
-        Files(train=str(tmp_path / "rows.jsonl")).load("train")
+        load_summaries(Files(train=str(tmp_path / "rows.jsonl")))
 
 
 def test_check_finds_a_wrong_column_or_a_broken_start(tmp_path: Path) -> None:
     """It reads the start of the file and leaves the cache as it is."""
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD * 5000, encoding="utf-8")
-    Files(train=str(path)).check("train")
+    source = Files(train=str(path))
+    source.check("train", select_columns(source))
     with pytest.raises(MissingColumnError, match="did you mean 'summary'"):
-        Files(train=str(path), summary="sumary").check("train")
+        source.check("train", select_columns(source, summary="sumary"))
     path.write_text(GOOD * 30 + "{\n", encoding="utf-8")
     with pytest.raises(DataError, match="line 31 ends before its object is complete"):
-        Files(train=str(path)).check("train")
+        source.check("train", select_columns(source))
     path.write_text('{"article": "a", "summary": 5}\n', encoding="utf-8")
     with pytest.raises(DataError, match="has the number 5 in column 'summary'"):
-        Files(train=str(path)).check("train")
+        source.check("train", select_columns(source))

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.data.sources import Files
 from peftbench.errors import PeftbenchError
 from tests.helpers.mutated_files import COLUMNS, FORMATS, build_file, parse_csv, read_written_text
+from tests.helpers.summaries import load_summaries, summary_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from peftbench.data.encode import Encoder
 
 FAST = 50
 ALL = 500
@@ -27,7 +29,7 @@ SAME_TIME = (10**9, 10**9)
 @pytest.fixture
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """Return an encoder with room for the longest cells."""
-    return Encoder(tokenizer, SequenceLayout(128, "\nTL;DR:", 16))
+    return summary_encoder(tokenizer)
 
 
 def check_file(seed: int, folder: Path, encoder: Encoder) -> str:
@@ -38,7 +40,7 @@ def check_file(seed: int, folder: Path, encoder: Encoder) -> str:
     os.utime(path, SAME_TIME)  # no cache may recognize a file by its path and time
     refusal = None
     try:
-        dataset = Files(train=str(path), id="id").load("train")
+        dataset = load_summaries(Files(train=str(path), id="id"))
         encoded, _ = encoder.encode_split(dataset, "train", "drop")
     except PeftbenchError as error:
         refusal = error

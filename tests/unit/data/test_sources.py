@@ -1,4 +1,4 @@
-"""Data sources: all return the same three columns, and each error is one sentence."""
+"""Data sources: all return the columns of the task, and each error is one sentence."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from peftbench.data.base import EXAMPLE_COLUMNS, Source
+from peftbench.data.base import Source
 from peftbench.data.hub import Hub
 from peftbench.data.sources import Files
 from peftbench.errors import DataError, DataNotFoundError, EmptySplitError, HubUnreachableError, MissingColumnError
+from tests.helpers.summaries import load_summaries
 
 WriteRows = Callable[[str, Sequence[dict[str, Any]]], str]
 ROWS = [
@@ -23,11 +24,11 @@ ROWS = [
 FORMATS = (".jsonl", ".csv", ".parquet")
 
 
-def rows_of(source: Source, split: str = "train") -> list[dict[str, str]]:
-    """Return all rows of a split, as dictionaries of the three columns."""
-    dataset = source.load(split)
-    assert set(dataset.column_names) == set(EXAMPLE_COLUMNS)
-    return [{column: row[column] for column in EXAMPLE_COLUMNS} for row in dataset]
+def rows_of(source: Source, split: str = "train", **columns: str) -> list[dict[str, str]]:
+    """Return all rows of a split, as dictionaries of its id and the task's two columns."""
+    dataset = load_summaries(source, split, **columns)
+    assert dataset.column_names == ["id", "article", "summary"]
+    return [dict(row) for row in dataset]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -44,7 +45,7 @@ def test_every_file_format_gives_the_same_rows(ending: str, write_rows: WriteRow
 def test_columns_are_selected_by_the_recipe_s_names(ending: str, write_rows: WriteRows) -> None:
     """This holds even if the recipe swaps the names ``article`` and ``summary``."""
     path = write_rows(f"rows{ending}", [{"summary": "the text", "article": "the summary", "text": "neither"}])
-    rows = rows_of(Files(train=path, article="summary", summary="article"))
+    rows = rows_of(Files(train=path), article="summary", summary="article")
     assert rows == [{"id": "0", "article": "the text", "summary": "the summary"}]
 
 
@@ -80,7 +81,7 @@ def test_blank_text_is_refused(column: str, write_rows: WriteRows) -> None:
     """The error has the number of the example whose article or summary is blank."""
     rows = [{"article": "a", "summary": "s"}, {"article": "a", "summary": "s", column: " \n"}]
     with pytest.raises(DataError, match=rf"example 1 \(line 2\) of the train split of .* has no {column}"):
-        Files(train=write_rows("rows.jsonl", rows)).load("train")
+        load_summaries(Files(train=write_rows("rows.jsonl", rows)))
 
 
 def test_each_split_has_its_own_file(write_rows: WriteRows) -> None:
@@ -116,11 +117,11 @@ def test_missing_column_is_refused_with_the_closest_name(
     ending: str, name: str, suggestion: str, write_rows: WriteRows
 ) -> None:
     """The error has the split, the file, and the closest column name or all of them."""
-    source = Files(train=write_rows(f"rows{ending}", ROWS), article=name)
+    source = Files(train=write_rows(f"rows{ending}", ROWS))
     with pytest.raises(
         MissingColumnError, match=rf"train split of .*rows\{ending} has no column '{name}'; {suggestion}"
     ):
-        source.load("train")
+        load_summaries(source, article=name)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_file_without_examples_is_an_empty_split(name: str, content: str, tmp_pa
     """An empty file, blank lines, or only a header: the error has the file's name."""
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(EmptySplitError, match=name):
-        Files(train=str(tmp_path / name)).load("train")
+        load_summaries(Files(train=str(tmp_path / name)))
 
 
 def test_parquet_file_without_rows_is_an_empty_split(write_rows: WriteRows, tmp_path: Path) -> None:
@@ -148,20 +149,20 @@ def test_parquet_file_without_rows_is_an_empty_split(write_rows: WriteRows, tmp_
         tmp_path / "none.parquet"
     )
     with pytest.raises(EmptySplitError, match=r"none\.parquet"):
-        Files(train=str(tmp_path / "none.parquet")).load("train")
+        load_summaries(Files(train=str(tmp_path / "none.parquet")))
 
 
 def test_split_without_a_file_is_refused_with_its_key(write_rows: WriteRows) -> None:
     """The error has the key that must be set to a file."""
     with pytest.raises(EmptySplitError, match=r"data\.source\.validation is not set; set it to the path of a file"):
-        Files(train=write_rows("rows.jsonl", ROWS)).load("validation")
+        load_summaries(Files(train=write_rows("rows.jsonl", ROWS)), "validation")
 
 
 def test_missing_file_is_refused_with_its_key_and_path(tmp_path: Path) -> None:
     """The error has the key, its value and the absolute path that does not exist."""
     missing = str(tmp_path / "nothing.jsonl")
     with pytest.raises(DataNotFoundError, match=r"data\.source\.train=.*nothing\.jsonl.* does not exist \(tried /"):
-        Files(train=missing).load("train")
+        load_summaries(Files(train=missing))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_invalid_file_is_refused_with_its_path_and_format(name: str, content: by
     """An invalid file is a DataError of one line with its name and the expected format."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name} cannot be read as (json|csv|parquet): .+") as error:
-        Files(train=str(tmp_path / name)).load("train")
+        load_summaries(Files(train=str(tmp_path / name)))
     assert type(error.value) is DataError
     assert "\n" not in str(error.value)
 
@@ -188,7 +189,7 @@ def test_null_is_refused_with_its_row_and_column(ending: str, column: str, write
     """A null is not converted to the text None."""
     path = write_rows(f"rows{ending}", [ROWS[0], ROWS[1] | {column: None}])
     with pytest.raises(DataError, match=f"example 1 .*of the train split of .* has no {column}") as error:
-        Files(train=path, id="key").load("train")
+        load_summaries(Files(train=path, id="key"))
     assert type(error.value) is DataError
 
 
@@ -230,7 +231,7 @@ def test_local_folder_is_read_like_a_hub_dataset(tmp_path: Path) -> None:
     """Each split is read from its file, and the fingerprint changes with the content."""
     source = Hub(path=str(jsonl_copy(tmp_path / "copy")), config=None)
     for split in ("train", "validation", "test"):
-        assert rows_of(source, split) == [
+        assert rows_of(source, split, summary="highlights") == [
             {"id": f"{split}-{n}", "article": f"{split} {n}", "summary": f"h{n}"} for n in range(2)
         ]
     old_fingerprint = source.fingerprint()
@@ -243,27 +244,27 @@ def test_local_folder_is_read_like_a_hub_dataset(tmp_path: Path) -> None:
 def test_clone_of_a_repository_is_read_by_config(config: str, tmp_path: Path) -> None:
     """The recipe's config selects the files, as on the Hub."""
     source = Hub(path=str(repository_copy(tmp_path / "clone")), config=config)
-    assert rows_of(source, "test") == [{"id": "i", "article": f"{config} test", "summary": "h"}]
+    assert rows_of(source, "test", summary="highlights") == [{"id": "i", "article": f"{config} test", "summary": "h"}]
 
 
 def test_missing_split_is_refused_with_the_available_ones(tmp_path: Path) -> None:
     """The error is an EmptySplitError."""
     source = Hub(path=str(repository_copy(tmp_path / "clone")))
     with pytest.raises(EmptySplitError, match=r"split validation.*does not exist: .*train.*test"):
-        source.load("validation")
+        load_summaries(source, "validation", summary="highlights")
 
 
 def test_missing_config_is_refused_with_the_available_ones(tmp_path: Path) -> None:
     """The error is a DataNotFoundError."""
     with pytest.raises(DataNotFoundError, match=r"config 2\.0\.0.*Available: .*3\.0\.0"):
-        Hub(path=str(repository_copy(tmp_path / "clone")), config="2.0.0").load("train")
+        load_summaries(Hub(path=str(repository_copy(tmp_path / "clone")), config="2.0.0"))
 
 
 def test_missing_column_of_a_folder_is_refused_with_the_closest_name(tmp_path: Path) -> None:
     """The check is the same as for files."""
-    source = Hub(path=str(jsonl_copy(tmp_path / "copy")), config=None, summary="highlight")
+    source = Hub(path=str(jsonl_copy(tmp_path / "copy")), config=None)
     with pytest.raises(MissingColumnError, match=r"has no column 'highlight'; did you mean 'highlights'\?"):
-        source.load("test")
+        load_summaries(source, "test", summary="highlight")
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty"])
@@ -271,11 +272,11 @@ def test_folder_without_data_is_refused(name: str, tmp_path: Path) -> None:
     """An empty or missing folder: the error lists what was tried and the key for a local copy."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataNotFoundError, match=r"from a folder, the Hub or the cache.*set data\.source\.path"):
-        Hub(path=str(tmp_path / name), config=None).load("test")
+        load_summaries(Hub(path=str(tmp_path / name), config=None), "test")
 
 
 @pytest.mark.parametrize(
-    "call", [lambda hub: hub.load("test"), lambda hub: hub.fingerprint()], ids=["load", "fingerprint"]
+    "call", [lambda hub: load_summaries(hub, "test"), lambda hub: hub.fingerprint()], ids=["load", "fingerprint"]
 )
 def test_offline_hub_is_refused_with_a_local_alternative(
     call: Callable[[Hub], object], monkeypatch: pytest.MonkeyPatch
@@ -304,6 +305,6 @@ def test_cnn_dailymail_is_read_from_a_folder(shared_data: Path) -> None:
         pytest.skip("the slice of CNN/DailyMail is not in the shared data")
     source = Hub(path=str(folder), config=None)
     for split in ("train", "validation", "test"):
-        rows = rows_of(source, split)
+        rows = rows_of(source, split, summary="highlights")
         assert len(rows) >= 100
         assert all(row["article"].strip() and row["summary"].strip() for row in rows)

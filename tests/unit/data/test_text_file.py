@@ -12,6 +12,7 @@ import pytest
 
 from peftbench.data.sources import Files
 from peftbench.errors import DataError
+from tests.helpers.summaries import load_summaries
 
 CSV = "article,summary\nCafé au lait à Paris.,été\n"
 JSON_LINES = '{"article": "Café au lait à Paris.", "summary": "été"}\n'
@@ -22,7 +23,7 @@ def refuse(path: Path, content: bytes) -> str:
     """Write a file and return the message of its refusal."""
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
-        Files(train=str(path)).load("train")
+        load_summaries(Files(train=str(path)))
     assert str(error.value).isprintable()
     return str(error.value)
 
@@ -57,7 +58,7 @@ def test_byte_order_mark_is_dropped(suffix: str, tmp_path: Path) -> None:
     """Excel writes it before the name of the first column."""
     path = tmp_path / f"rows{suffix}"
     path.write_text(TEXTS[suffix], encoding="utf-8-sig")
-    assert list(Files(train=str(path)).load("train")) == [
+    assert list(load_summaries(Files(train=str(path)))) == [
         {"id": "0", "article": "Café au lait à Paris.", "summary": "été"}
     ]
 

@@ -13,6 +13,7 @@ from torch import nn
 from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.methods.base import Method
+from peftbench.tasks.summarization import Summarization
 from tests.helpers.corpus import examples
 from tests.helpers.evaluators import MAX_TOKENS, NEW_TOKENS, ApplyMethod, BuildEvaluator
 from tests.helpers.models import POSITIONS
@@ -39,9 +40,9 @@ def apply_method(fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTra
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """Return an encoder for models with ``POSITIONS`` positions, with room for a few virtual tokens."""
     layout = SequenceLayout.for_model(
-        separator=" TL;DR:", max_length=MAX_TOKENS, max_new_tokens=NEW_TOKENS, max_positions=POSITIONS, virtual_tokens=8
+        max_length=MAX_TOKENS, max_new_tokens=NEW_TOKENS, max_positions=POSITIONS, virtual_tokens=8
     )
-    return Encoder(tokenizer, layout)
+    return Encoder(tokenizer, layout, Summarization(separator=" TL;DR:"))
 
 
 @pytest.fixture(scope="session")

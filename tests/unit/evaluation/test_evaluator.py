@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from datasets import Dataset
 
 from peftbench.data.encode import Encoder
-from peftbench.evaluation.evaluator import Evaluator, build_quality
+from peftbench.evaluation.evaluator import Evaluator
+from peftbench.evaluation.outputs import Predictions, build_outputs
+from peftbench.evaluation.scoring import build_quality
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
-from peftbench.recipe.schema import Evaluate
 from peftbench.training.loop import train_step
 from tests.helpers.batches import one_batch
-from tests.helpers.evaluators import ApplyMethod, BuildEvaluator, evaluate_all
+from tests.helpers.evaluators import NEW_TOKENS, ApplyMethod, BuildEvaluator, evaluate_all
 from tests.helpers.methods import every_architecture, every_method
 from tests.helpers.training import (
     assemble_training,
@@ -55,7 +56,7 @@ def test_held_out_loss_matches_hand_computed_value(
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
             log_probs = model(input_ids=ids).logits[0, -ids.shape[1] :].double().log_softmax(-1)
-        targets = range(row["prompt_tokens"], ids.shape[1])
+        targets = range(*row["label_spans"])
         sums.append(-sum(log_probs[position - 1, ids[0, position]].item() for position in targets))
         counts.append(len(targets))
     expected = sum(sums) / sum(counts)
@@ -73,7 +74,8 @@ def test_first_token_without_a_prompt_is_not_in_the_loss(
 ) -> None:
     """Nothing predicts the first token of a row; the losses of the other examples do not change."""
     bare = encoded.map(
-        lambda row, index: {"prompt_tokens": 0 if index == 2 else row["prompt_tokens"]}, with_indices=True
+        lambda row, index: {"label_spans": [0 if index == 2 else row["label_spans"][0], row["label_spans"][1]]},
+        with_indices=True,
     )
     model = apply_method(ZeroShot(), "gpt2_tied")
     evaluator = build_evaluator(ZeroShot(), model, bare, batch_size=3)
@@ -105,7 +107,7 @@ def test_memorized_summaries_are_decoded(
     evaluator = build_evaluator(Full(), model, batch_size=4, max_new_tokens=20)
     summaries = list(encoded["summary"])
     assert evaluator.decode_teacher_forced() != summaries
-    batch = evaluator.collator.collate(encoded["input_ids"], encoded["prompt_tokens"])
+    batch = evaluator.collator.collate(encoded["input_ids"], encoded["label_spans"])
     trainer = assemble_training(accelerator, model, torch.optim.AdamW(trainable_parameters(model).values(), lr=3e-3))
     model.train()
     for _ in range(60):
@@ -113,68 +115,78 @@ def test_memorized_summaries_are_decoded(
     assert loss < 0.1
     assert evaluator.decode_teacher_forced() == summaries
     # Generation gives the same summaries if the prompt does not truncate the article more than training did.
-    same_prompt = [encoder.encode_prompt(row["article"]) == row["input_ids"][: row["prompt_tokens"]] for row in encoded]
+    same_prompt = [encoder.encode_prompt(row) == row["input_ids"][: row["label_spans"][0]] for row in encoded]
     pairs = [
-        pair
-        for pair, same in zip(zip(evaluator.generate_summaries(), summaries, strict=True), same_prompt, strict=True)
-        if same
+        pair for pair, same in zip(zip(evaluator.generate(), summaries, strict=True), same_prompt, strict=True) if same
     ]
     assert len(pairs) >= 3
     assert [generated for generated, _ in pairs] == [summary for _, summary in pairs]
 
 
 def test_quality_has_all_metrics_and_samples(
-    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, encoded: Dataset
+    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, encoded: Dataset, workshop: Workshop
 ) -> None:
     """It has the number of examples, the metrics, and the requested number of samples with their references."""
     model = apply_method(ZeroShot(), "gpt2_tied")
-    evaluator = build_evaluator(ZeroShot(), model, saved_samples=3, teacher_forced=True)
-    quality = evaluate_all(evaluator)
+    keys: dict[str, Any] = {
+        "metrics": ("rouge", "exact_match", "perplexity"),
+        "saved_samples": 3,
+        "teacher_forced": True,
+    }
+    evaluator = build_evaluator(ZeroShot(), model, **keys)
+    recipe = workshop.recipe(ZeroShot(), evaluate=keys | {"max_new_tokens": NEW_TOKENS})
+    quality = evaluate_all(evaluator, recipe)
     assert (quality.split, quality.num_examples) == ("test", 7)
     assert quality.loss == evaluator.compute_held_out_loss().loss
     assert quality.loss is not None
     assert quality.perplexity == pytest.approx(math.exp(quality.loss))
-    assert quality.rouge is not None
-    assert quality.teacher_forced_argmax_rouge is not None
-    assert set(quality.rouge) == set(quality.teacher_forced_argmax_rouge) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+    of_text = ["rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match"]
+    assert list(quality.metrics) == [*of_text, "perplexity"]
+    assert list(quality.teacher_forced_metrics) == of_text
+    assert quality.headline_metric == "rougeL"
+    assert quality.metrics["perplexity"].interval.mean == pytest.approx(quality.perplexity)
+    assert [sample.prompt for sample in quality.samples] == list(encoded["article"])[:3]
     assert [sample.id for sample in quality.samples] == list(encoded["id"])[:3]
     assert [sample.reference for sample in quality.samples] == list(encoded["summary"])[:3]
-    assert [sample.generated for sample in quality.samples] == evaluator.generate_summaries()[:3]
+    assert [sample.generated for sample in quality.samples] == evaluator.generate()[:3]
     per_example = quality.per_example
     assert per_example is not None
     assert len(per_example.loss) == len(per_example.labeled_tokens) == 7
     assert sum(per_example.loss) / sum(per_example.labeled_tokens) == pytest.approx(quality.loss)
-    assert {kind: sum(scores) / 7 for kind, scores in per_example.rouge.items()} == pytest.approx(
-        {kind: interval.mean for kind, interval in quality.rouge.items()}
+    assert {name: sum(values) / 7 for name, values in per_example.metrics.items()} == pytest.approx(
+        {name: score.interval.mean for name, score in quality.metrics.items()}
     )
 
 
-def test_examples_fingerprint_depends_on_examples_and_order(
-    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, encoded: Dataset
-) -> None:
+def test_examples_fingerprint_depends_on_examples_and_order(encoded: Dataset, workshop: Workshop) -> None:
     """Scores can be paired only if the examples, their references and their order are equal."""
-    config = Evaluate()
-    same = [build_quality(config, encoded, list(encoded[column])) for column in ("summary", "article")]
-    fingerprints = [quality.per_example.examples_fingerprint for quality in same if quality.per_example]
-    assert fingerprints[0] == fingerprints[1]
+    recipe = workshop.recipe(ZeroShot())
+
+    def fingerprint(dataset: Dataset, texts: list[str]) -> str:
+        outputs = build_outputs(dataset, recipe.task, Predictions(generated=texts))
+        per_example = build_quality(recipe, dataset, outputs).per_example
+        assert per_example is not None
+        return per_example.examples_fingerprint
+
+    same = [fingerprint(encoded, list(encoded[column])) for column in ("summary", "article")]
+    assert same[0] == same[1]
     reversed_split = encoded.select(range(6, -1, -1))
-    reversed_scores = build_quality(config, reversed_split, list(reversed_split["summary"])).per_example
-    assert reversed_scores is not None
-    assert reversed_scores.examples_fingerprint != fingerprints[0]
+    assert fingerprint(reversed_split, list(reversed_split["summary"])) != same[0]
     summaries = [*encoded["summary"][:-1], "another"]
     changed = encoded.remove_columns("summary").add_column("summary", summaries)
-    changed_scores = build_quality(config, changed, summaries).per_example
-    assert changed_scores is not None
-    assert changed_scores.examples_fingerprint != fingerprints[0]
+    assert fingerprint(changed, summaries) != same[0]
 
 
-def test_rouge_is_none_without_generation(apply_method: ApplyMethod, build_evaluator: BuildEvaluator) -> None:
-    """The loss is computed; ROUGE, teacher-forced ROUGE and samples are absent."""
+def test_scores_are_absent_without_metrics(
+    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, workshop: Workshop
+) -> None:
+    """The loss is computed; scores, teacher-forced scores and samples are absent."""
     model = apply_method(ZeroShot(), "gpt2_tied")
-    quality = evaluate_all(build_evaluator(ZeroShot(), model, metrics=()))
+    quality = evaluate_all(build_evaluator(ZeroShot(), model, metrics=()), workshop.recipe(ZeroShot()))
     assert quality.loss is not None
-    assert quality.rouge is None
-    assert quality.teacher_forced_argmax_rouge is None
+    assert quality.metrics == {}
+    assert quality.headline_metric is None
+    assert quality.teacher_forced_metrics == {}
     assert quality.samples == ()
 
 

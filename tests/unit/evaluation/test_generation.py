@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from peftbench.data.readers.rows import Example
+
 
 GENERATION_CASES = [
     pytest.param(*point.values, id=str(point.values[0]), marks=point.marks)
@@ -59,10 +61,10 @@ def trained_bench(
     return build
 
 
-def _generate_without_cache(model: nn.Module, encoder: Encoder, article: str) -> str:
+def _generate_without_cache(model: nn.Module, encoder: Encoder, example: Example) -> str:
     """Generate greedily with a forward pass over the whole sequence for every token."""
     model.eval()
-    ids = encoder.encode_prompt(article)
+    ids = encoder.encode_prompt(example)
     start = len(ids)
     while len(ids) < start + NEW_TOKENS and ids[-1] != encoder.eos_token_id:
         length = len(ids)
@@ -86,9 +88,9 @@ def test_batch_padding_and_cache_do_not_change_the_summaries(
     With virtual tokens, padding must not be between them and the prompt.
     """
     model = trained_bench(case).model
-    batched = build_evaluator(case.method, model, batch_size=16).generate_summaries()
-    assert batched == build_evaluator(case.method, model, batch_size=1).generate_summaries()
-    assert batched == [_generate_without_cache(model, encoder, article) for article in encoded["article"]]
+    batched = build_evaluator(case.method, model, batch_size=16).generate()
+    assert batched == build_evaluator(case.method, model, batch_size=1).generate()
+    assert batched == [_generate_without_cache(model, encoder, row) for row in encoded]
     assert len(set(batched)) > 1  # the texts differ, so their order is checked too
 
 
@@ -98,9 +100,9 @@ def test_beam_search_is_independent_of_the_batch(
 ) -> None:
     """Batched and single beam search give the same summaries, which differ from greedy ones."""
     model = trained_bench(Case("num_beams", method, architecture)).model
-    batched = build_evaluator(method, model, batch_size=16, num_beams=3).generate_summaries()
-    assert batched == build_evaluator(method, model, batch_size=1, num_beams=3).generate_summaries()
-    assert batched != build_evaluator(method, model, batch_size=16).generate_summaries()
+    batched = build_evaluator(method, model, batch_size=16, num_beams=3).generate()
+    assert batched == build_evaluator(method, model, batch_size=1, num_beams=3).generate()
+    assert batched != build_evaluator(method, model, batch_size=16).generate()
 
 
 @one_method_fast("lora")
@@ -110,5 +112,5 @@ def test_generation_does_not_change_the_model(
     """Logits are bit-identical before and after generation."""
     bench = trained_bench(Case("trace", method, "gpt2_tied"))
     before = bench.logits(micro_batch())
-    build_evaluator(method, bench.model).generate_summaries()
+    build_evaluator(method, bench.model).generate()
     assert torch.equal(bench.logits(micro_batch()), before)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from peftbench.evaluation.metrics.rouge import compute_rouge
+from peftbench.evaluation.metrics.rouge import Rouge
 
 KINDS = {"rouge1", "rouge2", "rougeL", "rougeLsum"}
 TEXTS = ["The river rose over the bridge.", "A council voted on its budget. The vote was close."]
@@ -18,7 +21,7 @@ OTHERS = ["Ein Zug fuhr nach Norden.", "Niemand kam zur Schule. Alles blieb stil
 
 
 def _means(generated: list[str], references: list[str]) -> dict[str, float]:
-    return {kind: statistics.mean(scores) for kind, scores in compute_rouge(generated, references).items()}
+    return {kind: statistics.mean(scores) for kind, scores in Rouge().score_texts(generated, references).items()}
 
 
 def test_identical_texts_score_100() -> None:
@@ -52,7 +55,7 @@ def test_rouge_lsum_ignores_the_order_of_sentences() -> None:
 
 def test_each_text_is_scored_with_its_own_reference() -> None:
     """Reordering the references changes the scores."""
-    scores = compute_rouge([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]])["rouge1"]
+    scores = Rouge().score_texts([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]])["rouge1"]
     assert scores == (100, 0)
     assert _means(TEXTS, TEXTS[::-1])["rouge1"] < 50
 
@@ -140,7 +143,7 @@ def test_ascii_texts_score_as_rouge_score() -> None:
     texts += ["".join(chr(generator.randrange(128)) for _ in range(60)) for _ in range(40)]
     others = generator.sample(texts, len(texts))
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = compute_rouge(texts, others)
+    scores = Rouge().score_texts(texts, others)
     for kind in ("rouge1", "rouge2"):
         expected = [
             100 * scorer.score(other.replace("\n", " "), text.replace("\n", " "))[kind].fmeasure
@@ -159,3 +162,65 @@ def test_metric_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert _means(TEXTS, TEXTS)["rouge1"] == 100
     assert list(tmp_path.iterdir()) == []
+
+
+_EVALUATIONS_WITHOUT_LOCKS = """
+import errno
+import fcntl
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+meeting, name, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+from peftbench.evaluation.metrics.rouge import compute_rouge
+
+shared = ["The river rose over the bridge."] * 200
+own = [f"{name} term{index}" for index in range(200)]
+compute_rouge(shared, shared)  # imports the libraries, which create folders
+tempfile.tempdir = os.environ["HF_HOME"]
+
+
+def ignore(*_):
+    return None
+
+
+def fail(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+means = {}
+for kind, lock in {"ignored": ignore, "failing": fail}.items():
+    fcntl.flock = fcntl.lockf = lock
+    (meeting / f"{kind} {name}").touch()
+    deadline = time.monotonic() + 30
+    while not (meeting / f"{kind} {other}").exists():
+        assert time.monotonic() < deadline, f"{other} failed"
+        time.sleep(0.001)
+    scores = [compute_rouge(own if index % 2 else shared, own)["rouge1"] for index in range(6)]
+    means[kind] = [sum(values) / len(values) for values in scores]
+print(json.dumps(means))
+"""
+
+
+def test_two_evaluations_at_once_without_locks(tmp_path: Path, caches: dict[str, str]) -> None:
+    """Each of two processes computes its own scores and leaves no file, where locks are ignored and where they fail."""
+    libraries, meeting = tmp_path / "libraries", tmp_path / "meeting"
+    libraries.mkdir()
+    meeting.mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _EVALUATIONS_WITHOUT_LOCKS, str(meeting), *names],
+            env=caches | {"HF_HOME": str(libraries)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for names in (("a", "b"), ("b", "a"))
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    alternating = [pytest.approx(0), pytest.approx(100)] * 3
+    assert [json.loads(output) for output in outputs] == [{"ignored": alternating, "failing": alternating}] * 2
+    assert list(libraries.rglob("*")) == []

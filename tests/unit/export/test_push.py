@@ -98,13 +98,13 @@ class Refusal:
 @pytest.mark.parametrize(
     "refusal",
     [
-        (
+        Refusal(
             "jane/model",
             "hf_wrong",
             None,
             r"does not accept the token \(401\) for jane/model; log in with hf auth login",
         ),
-        (
+        Refusal(
             "joe/model",
             TOKEN,
             None,

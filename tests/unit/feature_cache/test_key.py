@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftbench.feature_cache.key import build_cache_key, hash_backbone, hash_examples
+from peftbench.feature_cache.key import build_cache_key, hash_backbone, hash_encoded_examples
 from peftbench.methods.last_layer import LastLayer
 from peftbench.modeling.loading import load_model
 from peftbench.optim import AdamW
@@ -92,28 +92,28 @@ def test_hash_backbone_covers_every_tensor_except_the_head(fresh_base: Callable[
         assert hash_backbone(base) == original_hash
 
 
-def test_hash_examples_covers_all_tokens_and_counts_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that tokens, prompt lengths and order change the hash, and the block size does not change the counts.
+def test_hash_encoded_examples_covers_all_tokens_and_counts_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that tokens, spans of labels and order change the hash, and the block size does not change the counts.
 
     A row's first token is never predicted, so it is not counted.
     """
     from datasets import Dataset
 
-    examples = [*rows(LENGTHS_AND_PROMPTS), {"input_ids": [5, 6, 7], "prompt_tokens": 0}]
+    examples = [*rows(LENGTHS_AND_PROMPTS), {"input_ids": [5, 6, 7], "label_spans": [0, 3]}]
 
     def hash_and_count(rows_to_hash: list[dict[str, Any]]) -> tuple[str, list[int]]:
-        digest, counts = hash_examples(Dataset.from_list(rows_to_hash))
+        digest, counts = hash_encoded_examples(Dataset.from_list(rows_to_hash))
         return digest, counts.tolist()
 
     digest, counts = hash_and_count(examples)
     assert counts == [3, 9, 1, 14, 2]
     variants = [
-        hash_and_count([*examples[:4], {"input_ids": [5, 6, 8], "prompt_tokens": 0}]),
-        hash_and_count([*examples[:4], {"input_ids": [5, 6, 7], "prompt_tokens": 1}]),
+        hash_and_count([*examples[:4], {"input_ids": [5, 6, 8], "label_spans": [0, 3]}]),
+        hash_and_count([*examples[:4], {"input_ids": [5, 6, 7], "label_spans": [1, 3]}]),
         hash_and_count([*examples[1:], examples[0]]),
         hash_and_count(examples[:4]),
         hash_and_count(
-            [*examples[:4], {"input_ids": [5, 6], "prompt_tokens": 0}, {"input_ids": [7], "prompt_tokens": 0}]
+            [*examples[:4], {"input_ids": [5, 6], "label_spans": [0, 2]}, {"input_ids": [7], "label_spans": [0, 1]}]
         ),
     ]
     assert digest not in {variant for variant, _ in variants}

@@ -17,7 +17,7 @@ from peftbench.memory.limit import limit_memory
 
 MIB = 2**20
 _SCRIPT = """
-import json, sys
+import ctypes, json, sys
 import torch
 from peftbench.memory.limit import limit_memory
 
@@ -37,13 +37,31 @@ del tensor
 without = limit.read_in_use_bytes()
 limit.release()
 more = torch.ones(400 * MIB, dtype=torch.uint8).numel()
-print(json.dumps({"at_first": at_first, "with_one": with_one, "without": without, "refused": refused, "more": more}))
+
+library = ctypes.CDLL("libc.so.6")
+library.malloc.restype = ctypes.c_void_p
+library.free.argtypes = [ctypes.c_void_p]
+blocks = [library.malloc(40 * 1024) for _ in range(2560)]
+for block in blocks[:-1]:  # the last one keeps the heap from being trimmed
+    library.free(block)
+limit_memory(64 * MIB, torch.device("cpu"), None)
+tensors = []
+try:
+    while len(tensors) < 1000:
+        tensors.append(torch.ones(MIB, dtype=torch.uint8))
+except RuntimeError:
+    pass
+names = ("at_first", "with_one", "without", "refused", "more")
+print(json.dumps({name: globals()[name] for name in names} | {"in_heap": len(tensors)}))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits memory only on Linux")
 def test_cpu_limit_refuses_larger_allocations() -> None:
-    """With 100 of 256 MiB in use, 150 MiB fit and 200 do not; freed memory is available; release removes the limit."""
+    """With 100 of 256 MiB in use, 150 MiB fit and 200 do not; freed memory is available; release removes the limit.
+
+    Then 100 MiB of the heap are free: tensors in them count against the next budget of 64 MiB.
+    """
     process = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout)
@@ -54,6 +72,7 @@ def test_cpu_limit_refuses_larger_allocations() -> None:
     assert size == 200
     assert f"you tried to allocate {200 * MIB} bytes" in message
     assert result["more"] == 400 * MIB
+    assert 56 <= result["in_heap"] <= 64
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from peftbench.methods.lora import Lora
 from peftbench.profiler.memory_breakdown import MemoryPeak
 from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
 from peftbench.record import RunRecord, read_record
+from peftbench.tasks.summarization import Summarization
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.records import count_labels_per_row
 
@@ -60,7 +61,8 @@ class Case(NamedTuple):
             save_model=False,
             method=METHODS[self.method],
             model=Model(path=base),
-            data=Data(source=source, separator=" TL;DR:", padding="max_length", **width),
+            task=Summarization(separator=" TL;DR:"),
+            data=Data(source=source, padding="max_length", **width),
             train=Train(
                 steps=3,
                 global_batch_size=12,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from peftbench.data.sources import Files
 from peftbench.methods import BASELINES, METHOD_KINDS, METHODS
-from peftbench.methods.baselines import Lead, ZeroShot
+from peftbench.methods.base import Method, Target
+from peftbench.methods.baselines import FewShot, Lead, Majority, ZeroShot
 from peftbench.methods.full import Full
+from peftbench.recipe.schema import Data, Recipe, Train
+from peftbench.tasks.completion import Completion
+from peftbench.training.data import add_shots, load_split
 from tests.helpers.batches import logits, micro_batch
 from tests.helpers.training import trainable_parameters
 
@@ -47,20 +55,51 @@ def test_zero_shot_logits_equal_those_of_the_base(
     ("sentences", "expected"),
     [(1, "It rained."), (2, "It rained. The river rose."), (9, "It rained. The river rose. No bridge held.")],
 )
-def test_lead_extracts_the_first_sentences(sentences: int, expected: str) -> None:
-    """A shorter article is extracted as a whole."""
-    assert Lead(sentences=sentences).extract_summary("It rained. The river rose.\nNo bridge held.") == expected
+def test_lead_predicts_the_first_sentences(sentences: int, expected: str) -> None:
+    """A shorter prompt is predicted as a whole."""
+    predict = Lead(sentences=sentences).build_predictor(list)
+    assert predict("It rained. The river rose.\nNo bridge held.", ()) == Target(expected)
 
 
-def test_only_lead_extracts_a_summary() -> None:
-    """Methods that generate summaries with a model return None."""
-    assert Full().extract_summary("It rained.") is None
-    assert ZeroShot().extract_summary("It rained.") is None
+@pytest.mark.parametrize("method", [Full(), ZeroShot(), FewShot()])
+def test_methods_with_a_model_have_no_predictor(method: Method) -> None:
+    """They generate text with the model."""
+    with pytest.raises(TypeError, match="predicts with a model"):
+        method.build_predictor(list)
 
 
-def test_lead_cannot_be_applied_to_a_model(
-    fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize(
+    ("targets", "choices", "expected"),
+    [
+        ([Target("b"), Target("a"), Target("b")], (), Target("b")),
+        ([Target("b"), Target("a")], (), Target("a")),  # a tie does not depend on the order of the examples
+        ([Target("x", 1), Target("y", 1), Target("z", 0)], ("p", "q"), Target("q", 1)),
+        ([Target("x", 3), Target("y", 3), Target("z", 0)], ("p", "q"), Target("p", 0)),
+    ],
+)
+def test_majority_predicts_the_most_frequent_answer(
+    targets: list[Target], choices: tuple[str, ...], expected: Target
 ) -> None:
-    """The error states that Lead trains nothing."""
-    with pytest.raises(TypeError, match="Lead trains nothing"):
-        Lead().apply(fresh_base("gpt2_tied"), tokenizer)
+    """It is a text, or the position of a choice that the example has."""
+    assert Majority().build_predictor(lambda: targets)("any prompt", choices) == expected
+
+
+def test_few_shot_puts_training_examples_before_each_prompt(tmp_path: Path) -> None:
+    """The same examples of the training split, drawn with data.seed, precede every prompt; references stay."""
+    files = {}
+    for split, numbers in (("train", (1, 2, 3)), ("test", (8, 9))):
+        files[split] = tmp_path / f"{split}.jsonl"
+        rows = ({"prompt": f"{number}+1=", "completion": f" {number + 1}"} for number in numbers)
+        files[split].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = Recipe(
+        name="run",
+        method=FewShot(shots=2),
+        data=Data(source=Files(train=str(files["train"]), test=str(files["test"]))),
+        train=Train(steps=1),
+        task=Completion(),
+    )
+    shown = add_shots(load_split(recipe, "test"), load_split(recipe, "train"), recipe)
+    shots = {prompt.removesuffix(own) for prompt, own in zip(shown["prompt"], ("8+1=", "9+1="), strict=True)}
+    assert len(shots) == 1
+    assert re.fullmatch(r"(?:[123]\+1= [234]\n\n){2}", shots.pop())
+    assert list(shown["completion"]) == [" 9", " 10"]

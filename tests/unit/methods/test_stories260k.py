@@ -61,7 +61,7 @@ def test_one_step_lowers_the_loss(
     assert sum(parameter.numel() for parameter in trainable_parameters(model).values()) == expected
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
     ids = stories.tokenizer(text)["input_ids"]
-    batch = one_batch(Collator(0, method.virtual_tokens).collate([ids], [1]))
+    batch = one_batch(Collator(0, method.virtual_tokens).collate([ids], [[1, len(ids)]]))
     trainer = assemble_training(accelerator, model, torch.optim.SGD(trainable_parameters(model).values(), lr=0.01))
     before = train_step(accelerator, trainer, batch, max_grad_norm=1.0)
     after = train_step(accelerator, trainer, batch, max_grad_norm=1.0)

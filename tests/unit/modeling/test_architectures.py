@@ -92,7 +92,7 @@ def build_cached_loss(case: str) -> tuple[CausalLMLoss, tuple[str, ...]]:
 
 def collate_documents(collator: Collator) -> MicroBatch:
     """Return the documents in one micro-batch."""
-    return collator.collate(draw_documents(), [prompt for _, prompt in DOCUMENTS])
+    return collator.collate(draw_documents(), [[prompt, length] for length, prompt in DOCUMENTS])
 
 
 def assert_matches_reference(case: str, collator: Collator) -> None:

@@ -69,7 +69,7 @@ def test_text_model_is_selected(model_type: str) -> None:
     assert select_causal_config(config).vocab_size == PLAIN["vocab_size"]
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "fuyu", "gemma3n"])
+@pytest.mark.parametrize("model_type", ["gemma3", "fuyu", "gemma3n", "mllama"])
 def test_multimodal_model_without_a_separate_text_model_is_refused(model_type: str) -> None:
     """The reason names text_config."""
     with pytest.raises(UnsupportedModelError, match=rf"^{model_type} is multimodal, .*\(text_config in "):

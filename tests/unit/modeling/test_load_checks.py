@@ -18,7 +18,7 @@ from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.modeling.loading import load_model
 from peftbench.recipe.schema import Model
-from tests.helpers.architectures import build_tiny_model
+from tests.helpers.architectures import PLAIN, build_tiny_model
 from tests.helpers.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def test_generation_ignores_settings_of_the_base(
 @pytest.mark.parametrize("case", ["ctrl", "openai-gpt", "falcon_h1"])
 def test_prompt_tuning_is_refused_where_generation_takes_no_embeddings(case: str) -> None:
     """It is refused before the training; without generation it is accepted."""
-    with pytest.raises(UnsupportedModelError, match=r"generates only from token ids.* set evaluate\.generate=false"):
+    with pytest.raises(UnsupportedModelError, match=r"generates only from token ids.* set evaluate\.metrics=\[\]"):
         PromptTuning().check_generation(build_tiny_model(case))
 
 
@@ -254,3 +254,83 @@ def test_disk_too_full_for_the_model_is_refused_before_training(
         workshop.run(workshop.recipe(method, save_model=True))
     assert not (workshop.output / "run").exists()
     assert workshop.run(workshop.recipe(method)).outcome.kind == "ok"
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+@pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_tied"])
+def test_head_that_config_wrongly_ties_is_noted(
+    architecture: str, shift: float, base_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A head with values of its own is loaded, noted and saved; an equal one is tied."""
+    folder, saved = Path(shutil.copytree(base_folder(architecture), tmp_path / "base")), tmp_path / "saved"
+
+    def add_head(weights: dict[str, torch.Tensor]) -> None:
+        (embedding,) = (tensor for name, tensor in weights.items() if "wte" in name or "embed_tokens" in name)
+        weights["lm_head.weight"] = embedding + shift
+
+    change_weights(folder, add_head)
+    base = load_model(Model(path=str(folder)))
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    note = "config.json ties lm_head.weight to the embedding, but the weights have other values for it"
+    assert [text.startswith(note) for text in base.notes] == ([True] if shift else [])
+    assert (base.model.lm_head.weight is base.model.get_input_embeddings().weight) == (shift == 0)  # type: ignore[union-attr]
+    base.model.save_pretrained(saved)
+    base.tokenizer.save_pretrained(saved)
+    again = load_model(Model(path=str(saved)))
+    assert again.notes == ()
+    assert torch.equal(again.model.lm_head.weight, head)  # type: ignore[arg-type,union-attr]
+
+
+TEXT_PART = PLAIN | {"vocab_size": 4096, "head_dim": 8}
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "llama4": {
+        "text_config": TEXT_PART | {"intermediate_size_mlp": 48, "num_local_experts": 2},
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "vision_output_dim": 32,
+            "image_size": 28,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+    },
+    "qwen3_5": {
+        "text_config": TEXT_PART,
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+        },
+    },
+}
+"""Small multimodal models whose text model transformers loads on its own."""
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_text_model_of_a_multimodal_folder_is_loaded(
+    kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Its weights are those of the whole model, images need no place, and a text weight without one is refused."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **MULTIMODAL[kind]))
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    loaded = load_model(Model(path=str(tmp_path))).model.state_dict()
+    assert {name for name in stored if "vision" in name or "visual" in name}
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= loaded.keys()
+    language_model = whole.model.language_model if kind == "qwen3_5" else whole.language_model.model
+    for name, tensor in language_model.state_dict().items():
+        assert torch.equal(loaded[f"model.{name}"], tensor)
+    head = next(tensor for name, tensor in stored.items() if name.endswith("lm_head.weight"))
+    assert torch.equal(loaded["lm_head.weight"], head)
+    prefix = next(name for name in stored if ".layers.0." in name and "language_model" in name).split("layers.0.")[0]
+    change_weights(tmp_path, lambda weights: weights.update({f"{prefix}layers.7.norm.weight": torch.zeros(2)}))
+    with pytest.raises(ModelError, match=r"have 1 tensors that config.json does not describe, e.g. .*layers\.7\.norm"):
+        load_model(Model(path=str(tmp_path)))

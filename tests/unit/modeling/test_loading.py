@@ -26,8 +26,10 @@ from peftbench.errors import (
 from peftbench.modeling import loading
 from peftbench.modeling.attention import sdpa_attention
 from peftbench.recipe.schema import Model
+from peftbench.record import read_record
 from tests.helpers.methods import every_architecture
 from tests.helpers.models import ARCHITECTURES, POSITIONS, gpt2_config, llama_config
+from tests.helpers.paths import REPOSITORY
 
 Folder = Callable[[str], Path]
 
@@ -96,6 +98,33 @@ def test_fingerprint_depends_on_the_weights(folder_copy: Path, base_folder: Fold
     weights["lm_head.weight"][0, 0] += 1
     save_file(weights, folder_copy / "model.safetensors", metadata={"format": "pt"})
     assert loading.load_model(Model(path=str(folder_copy))).fingerprint != original
+
+
+@pytest.mark.parametrize(
+    ("keys", "changes"),
+    [
+        ({"rope_theta": 777.0}, True),
+        ({"rms_norm_eps": 1e-3}, True),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}, True),
+        ({"_name_or_path": "x", "transformers_version": "0", "torch_dtype": "float16", "dtype": "float16"}, False),
+        ({"text_config": {"dtype": "float16"}}, True),
+    ],
+)
+def test_config_fingerprint_depends_on_values_that_change_a_number(
+    keys: dict[str, Any], changes: bool, folder_copy: Path
+) -> None:
+    """The weights keep theirs, so that records from before it existed stay valid."""
+    model, file = Model(path=str(folder_copy)), folder_copy / "config.json"
+    before = loading.read_base_fingerprint(model), loading.compute_config_fingerprint(model)
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | keys), encoding="utf-8")
+    assert loading.read_base_fingerprint(model) == before[0]
+    assert (loading.compute_config_fingerprint(model) != before[1]) == changes
+
+
+def test_fingerprint_of_the_bundled_model_is_that_of_committed_records() -> None:
+    """A change of how it is computed would make every committed record one of another base model."""
+    record = read_record(REPOSITORY / "docs" / "results" / "demo" / "full" / "record.json")
+    assert loading.read_base_fingerprint(Model()) == record.model_fingerprint
 
 
 def test_fingerprint_of_a_hub_model_is_its_commit(base_folder: Folder) -> None:

@@ -149,7 +149,7 @@ def test_label_padding_labels_every_position(fresh_base: BaseFactory) -> None:
     """With label_padding, as in the published study, padding has labels too and counts as labeled tokens."""
     examples = rows([(9, 6), (14, 5)])
     batch = Collator(pad_token_id=0, label_padding=True).collate(
-        [row["input_ids"] for row in examples], [row["prompt_tokens"] for row in examples]
+        [row["input_ids"] for row in examples], [row["label_spans"] for row in examples]
     )
     assert count_labeled_tokens(batch) == 2 * (14 - 1)
     model = fresh_base("gpt2_tied").eval()

@@ -177,8 +177,8 @@ def test_model_flops_exclude_padding_and_recomputation(
     plain = count_flops(model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=False)
     recomputed = count_flops(model, base, virtual_tokens=0, gradient_checkpointing=True, computes_all_logits=False)
     collator = Collator(pad_token_id=0)
-    unpadded = collator.collate([[1] * 9], [6])
-    with_padding = Collator(pad_token_id=0, pad_to_length=30).collate([[1] * 9], [6])
+    unpadded = collator.collate([[1] * 9], [[6, 9]])
+    with_padding = Collator(pad_token_id=0, pad_to_length=30).collate([[1] * 9], [[6, 9]])
     assert collator.model_flop_units(unpadded) == FlopUnits(
         positions=9, pairs=81, causal_pairs=45, labeled=3, columns=9
     )
@@ -198,12 +198,12 @@ def test_model_flops_exclude_padding_and_recomputation(
 def test_virtual_tokens_count_as_positions() -> None:
     """They also take part in attention, in model and hardware FLOPs."""
     collator = Collator(pad_token_id=0, virtual_tokens=5)
-    batch = collator.collate([[1] * 9, [1] * 4], [6, 2])
+    batch = collator.collate([[1] * 9, [1] * 4], [[6, 9], [2, 4]])
     expected = FlopUnits(14 + 9, 14**2 + 9**2, 14 * 15 // 2 + 9 * 10 // 2, 3 + 2, 14 + 9)
     assert collator.model_flop_units(batch) == expected
     assert collator.hardware_flop_units(batch) == FlopUnits(28, 2 * 14**2, 2 * 14 * 15 // 2, 3 + 2, 14, 2, 1)
     packer = PaddingFreeCollator(pad_token_id=0, virtual_tokens=5)
-    row = packer.collate([[1] * 9, [1] * 4], [6, 2])
+    row = packer.collate([[1] * 9, [1] * 4], [[6, 9], [2, 4]])
     assert packer.model_flop_units(row) == expected
     assert packer.hardware_flop_units(row) == replace(expected, rows=1, passes=1)
 
@@ -211,7 +211,10 @@ def test_virtual_tokens_count_as_positions() -> None:
 def test_mask_disables_causal_skipping() -> None:
     """With a padding mask all pairs are computed; without padding there is no mask."""
     collator = Collator(pad_token_id=0, label_padding=True)
-    batch, unpadded = collator.collate([[1] * 9, [1] * 4], [6, 2]), collator.collate([[1] * 9, [1] * 9], [6, 2])
+    batch, unpadded = (
+        collator.collate([[1] * 9, [1] * 4], [[6, 9], [2, 4]]),
+        collator.collate([[1] * 9, [1] * 9], [[6, 9], [2, 9]]),
+    )
     assert collator.hardware_flop_units(batch) == FlopUnits(18, 2 * 81, 2 * 81, 2 * 8, 9, 2, 1)
     assert collator.hardware_flop_units(unpadded) == FlopUnits(18, 2 * 81, 2 * 45, 2 * 8, 9, 2, 1)
 

@@ -33,7 +33,7 @@ EVEN = ((20, 6), (20, 19), (20, 4))
 def collate_rows(collator: Collator, lengths_and_prompts: tuple[tuple[int, int], ...]) -> MicroBatch:
     """Return random rows of these lengths in one micro-batch."""
     examples = rows(lengths_and_prompts)
-    return collator.collate([row["input_ids"] for row in examples], [row["prompt_tokens"] for row in examples])
+    return collator.collate([row["input_ids"] for row in examples], [row["label_spans"] for row in examples])
 
 
 def count_dispatched_flops(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> int | None:

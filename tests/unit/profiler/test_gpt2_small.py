@@ -14,6 +14,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.recipe.schema import Profile
+from peftbench.tasks.summarization import Summarization
 from tests.helpers.workshop import Workshop
 
 RANK, VIRTUAL_TOKENS, REAL_TOKENS = 8, 20, 108
@@ -45,7 +46,7 @@ def compute_by_formula(kind: str, length: int, labels: Fraction) -> Fraction:
 def test_flop_ratios_match_formulas(shared_data: Path, workshop: Workshop) -> None:
     """In two steps on CNN/DailyMail, FLOPs equal the dispatched count, and their ratios equal the formulas exactly."""
     news = shared_data / "cnn_dailymail"
-    source = Files(train=str(news / "train.jsonl"), test=str(news / "test.jsonl"), summary="highlights", id="id")
+    source = Files(train=str(news / "train.jsonl"), test=str(news / "test.jsonl"), id="id")
     executed, labels = {}, set()
     for method in METHODS:
         record = workshop.run(
@@ -62,6 +63,7 @@ def test_flop_ratios_match_formulas(shared_data: Path, workshop: Workshop) -> No
                 },
                 train={"steps": 2, "global_batch_size": 2, "micro_batch_size": 1},
                 profile=Profile(untimed_steps=1),
+                task=Summarization(summary="highlights", separator=" TL;DR:"),
             )
         )
         step = record.flops.counted_step

@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 
-from peftbench.common.fingerprint import ANY_VALUE, NEUTRAL_VALUES, fingerprint_recipe
+from peftbench.common.fingerprint import (
+    ANY_VALUE,
+    NEUTRAL_VALUES,
+    fingerprint_measured_training,
+    fingerprint_recipe,
+    fingerprint_training,
+)
 from peftbench.recipe.loader import load_recipe
+from peftbench.recipe.schema import Recipe
 from peftbench.record import SCHEMA_VERSION
 from tests.helpers.paths import REPOSITORY
 
-FULL: dict[str, Any] = load_recipe(
-    [], ["name=run", "method.kind=lora", "data.source.kind=docstrings", "train.steps=10"]
-).model_dump(mode="json")
+REQUIRED = ["name=run", "method.kind=lora", "data.source.kind=docstrings", "train.steps=10"]
+FULL: dict[str, Any] = load_recipe([], REQUIRED).model_dump(mode="json")
 
 
 def with_value(dotted: str, value: object) -> dict[str, Any]:
@@ -76,11 +82,60 @@ def test_every_other_key_changes_the_fingerprint() -> None:
     """Each key of the recipe that is not in the list is part of the fingerprint."""
     sections = [(name, value) for name, value in FULL.items() if isinstance(value, dict)]
     keys = [f"{name}.{key}" for name, value in sections for key in value] + list(FULL)
-    listed = {*NEUTRAL_VALUES, "checkpoint.interval", "checkpoint.keep_latest"}
-    expected = [key for key in keys if key not in listed]
+    expected = [key for key in keys if key not in NEUTRAL_VALUES]
     assert len(expected) > 40
     before = fingerprint_recipe(FULL)
     assert [key for key in expected if fingerprint_recipe(with_value(key, "another value")) == before] == []
+
+
+OLD_SECTIONS = {"checkpoint": {"interval": 5, "keep_latest": 1}}
+
+
+def test_recipe_without_the_newer_keys_has_the_same_fingerprint() -> None:
+    """A recipe of a record that was written before early stopping existed is that of a run without it."""
+    old = copy.deepcopy(FULL) | OLD_SECTIONS
+    del old["early_stopping"]
+    for key in ("interval", "interval_metrics", "general_text"):
+        del old["evaluate"][key]
+    for fingerprint in (fingerprint_recipe, fingerprint_training, fingerprint_measured_training):
+        assert fingerprint(old) == fingerprint(FULL)
+
+
+INTERVAL = ["evaluate.interval=2"]
+SELECTIONS = {
+    "keep_best": [*INTERVAL, "checkpoint.keep_best=true"],
+    "patience": [*INTERVAL, "early_stopping.patience=2"],
+}
+
+
+def load(*overrides: str) -> Recipe:
+    """Return a recipe with overrides."""
+    return load_recipe([], [*REQUIRED, *overrides])
+
+
+def test_evaluation_during_training_changes_no_trained_weight() -> None:
+    """A checkpoint of a training fits the same training with another interval; the measured training has a curve."""
+    plain, evaluated, other = load(), load(*INTERVAL), load(*INTERVAL, "data.validation=3")
+    assert plain.fingerprint_training() == evaluated.fingerprint_training() == other.fingerprint_training()
+    assert plain.fingerprint_measured_training() != evaluated.fingerprint_measured_training()
+    assert evaluated.fingerprint_measured_training() == other.fingerprint_measured_training()
+    general = load("evaluate.general_text=shipped")
+    assert general.fingerprint_measured_training() == plain.fingerprint_measured_training()
+
+
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
+def test_selection_is_part_of_the_training(selection: list[str]) -> None:
+    """If the held-out loss selects the saved weights, what determines it changes the training's fingerprint."""
+    selected = load(*selection)
+    variants = [
+        load(*INTERVAL),
+        load(*selection, "evaluate.interval=3"),
+        load(*selection, "data.validation=3"),
+        selected,
+    ]
+    assert len({recipe.fingerprint_training() for recipe in variants}) == len(variants)
+    assert len({recipe.fingerprint_measured_training() for recipe in variants}) == len(variants)
+    assert load(*selection, "evaluate.batch_size=3").fingerprint_training() == selected.fingerprint_training()
 
 
 STALE_RECORDS = {f"benchmarks/eight_bit/records/{name}" for name in ("adamw", "adamw8bit", "all_in_8bit")}

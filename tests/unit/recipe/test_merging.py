@@ -18,6 +18,8 @@ from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS, SGD, AdamW
 from peftbench.recipe.loader import load_recipe, merge_configs, to_commented_yaml
 from peftbench.recipe.schema import Recipe
+from peftbench.tasks import TASK_KINDS
+from peftbench.tasks.summarization import Summarization
 from tests.helpers.recipe_files import REQUIRED_KEYS, write
 
 
@@ -98,6 +100,7 @@ def test_missing_parent_is_refused(tmp_path: Path) -> None:
 def all_keys() -> Iterator[tuple[str, str]]:
     """Yield each key of a recipe in the form ``Class.name``, with its description."""
     queue: list[type[ConfigSection]] = [Recipe, *METHOD_KINDS.values(), *OPTIMIZERS.values(), *SOURCES.values()]
+    queue += TASK_KINDS.values()
     seen: set[type[ConfigSection]] = set()
     while queue:
         section = queue.pop()
@@ -111,10 +114,12 @@ def all_keys() -> Iterator[tuple[str, str]]:
 
 
 def test_every_key_has_a_description() -> None:
-    """Each key of the recipe and of every method, source and optimizer has a description of one line."""
+    """Each key of the recipe and of every method, source, task and optimizer has a description of one line."""
     keys = dict(all_keys())
     assert len(keys) > 40
-    assert {"Recipe.name", "Train.steps", "Lora.r", "Files.train", "Hub.revision", "AdamW.betas"} <= set(keys)
+    assert {"Recipe.name", "Train.steps", "Lora.r", "Files.train", "Hub.revision", "Chat.labels", "AdamW.betas"} <= set(
+        keys
+    )
     assert not [key for key, text in keys.items() if not text.strip() or "\n" in text.strip()]
 
 
@@ -129,8 +134,9 @@ def test_commented_yaml_has_one_line_per_key(least: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "data.separator='\n# not a comment: \"quoted\"'",
-        "data.separator=' é 日本'",
+        "task={kind: summarization, separator: '\n# not a comment: \"quoted\"'}",
+        "task={kind: completion, separator: ' é 日本'}",
+        "task={kind: chat, chat_template: plain, labels: all}",
         "optimizer.learning_rate=1e-7",
         "optimizer.betas=[0.8,0.95]",
         "method.target_modules=['c_attn','mlp.c_fc']",
@@ -201,7 +207,7 @@ def test_merge_accepts_partial_recipes(tmp_path: Path) -> None:
 def test_recipe_of_a_record_can_be_loaded(tmp_path: Path) -> None:
     """A run's record gives its exact recipe, text that looks like an interpolation included; overrides apply."""
     first = load_recipe([], ["name=a", "method.kind=lora", "data.source.kind=docstrings", "train.steps=3"])
-    odd = first.model_copy(update={"data": first.data.model_copy(update={"separator": "\n${name}:"})})
+    odd = first.model_copy(update={"task": Summarization(separator="\n${name}:")})
     path = tmp_path / "record.json"
     path.write_text(json.dumps({"recipe_fingerprint": "x", "recipe": odd.model_dump(mode="json"), "losses": [1.0]}))
     assert load_recipe([path]) == odd

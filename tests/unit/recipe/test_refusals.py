@@ -23,6 +23,9 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("evaluate.beam=2", UnknownKeyError, "'evaluate.beam'; did you mean 'evaluate.num_beams'?"),
     ("method.kind=lorra", UnknownKeyError, "no method of kind 'lorra'; did you mean 'lora'?"),
     ("data.source.kind=hubb", UnknownKeyError, "no data.source of kind 'hubb'; did you mean 'hub'?"),
+    ("task.kind=sumarization", UnknownKeyError, "no task of kind 'sumarization'; did you mean 'summarization'?"),
+    ("task={kind: text, separator: x}", UnknownKeyError, "there is no key 'task.separator'; allowed: kind, text"),
+    ("task={kind: chat, labels: asistant}", OutOfRangeError, "task.labels='asistant' is not an allowed value; did you"),
     ("optimizer.kind=adam", UnknownKeyError, "no optimizer of kind 'adam'; did you mean 'adamw'?"),
     # Wrong types, in each direction.
     ("train.steps=ten", WrongTypeError, "train.steps='ten' has the wrong type"),
@@ -51,13 +54,35 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("evaluate.split=train", OutOfRangeError, "evaluate.split='train' is not an allowed value; allowed: validation"),
     ("trackers=[tensorbord]", OutOfRangeError, "trackers.0='tensorbord' is not an allowed value; did you mean"),
     ("profile.price_per_hour=0", OutOfRangeError, "profile.price_per_hour=0 must be greater than 0"),
+    ("evaluate.interval=0", OutOfRangeError, "evaluate.interval=0: must be a number of steps, e.g. 50, a part of an"),
+    ("evaluate.interval=0.0ep", OutOfRangeError, "evaluate.interval='0.0ep': must be a number of steps"),
+    ("evaluate.interval=1.5", OutOfRangeError, "evaluate.interval=1.5: must be a number of steps"),
+    ("evaluate.interval=true", OutOfRangeError, "evaluate.interval=true: must be a number of steps"),
+    ("evaluate.interval=often", OutOfRangeError, "evaluate.interval='often': must be a number of steps"),
+    (
+        "evaluate.interval_metrics=true",
+        OutOfRangeError,
+        "interval_metrics=true needs evaluate.interval and metrics",
+    ),
+    ("evaluate.general_text=a.md", OutOfRangeError, "evaluate.general_text='a.md': must be \"shipped\", the path of a"),
+    (
+        "checkpoint.keep_best=true",
+        OutOfRangeError,
+        "keep_best=true needs the held-out loss during training; set evaluate.",
+    ),
+    (
+        "early_stopping.patience=2",
+        OutOfRangeError,
+        "early_stopping.patience needs the held-out loss during training; set",
+    ),
+    ("early_stopping.min_delta=1.0", OutOfRangeError, "min_delta needs early_stopping.patience; set both or neither"),
     ("name=../elsewhere", OutOfRangeError, "name='../elsewhere': must start with a letter or digit"),
     (
-        "data.separator='TL;DR: '",
+        "task={kind: summarization, separator: 'TL;DR: '}",
         OutOfRangeError,
-        "data.separator='TL;DR: ': must be non-empty text that does not end in",
+        "task.separator='TL;DR: ': must be non-empty text that does not end in",
     ),
-    ("data.separator=''", OutOfRangeError, "data.separator='': must be non-empty text"),
+    ("task={kind: summarization, separator: ''}", OutOfRangeError, "task.separator='': must be non-empty text"),
     # Keys that contradict each other.
     ("train.epochs=2", OutOfRangeError, "train: set exactly one of train.steps and train.epochs"),
     ("train.steps=null", OutOfRangeError, "train: set exactly one of train.steps and train.epochs"),
@@ -69,7 +94,7 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ),
     ("data.pad_to_multiple_of=0", OutOfRangeError, "greater than 0"),
     ("train.feature_cache=fp32", OutOfRangeError, "on a frozen backbone, and this lora does not; use last_layer"),
-    ("data.source={kind: synthetic, article_tokens: [1]}", OutOfRangeError, "must be a list of at least 2 values"),
+    ("data.source={kind: synthetic, prompt_tokens: [1]}", OutOfRangeError, "must be a list of at least 2 values"),
     ("train.feature_cache=fp16", OutOfRangeError, "train.feature_cache='fp16' is not an allowed value"),
     (
         "schedule.warmup_steps=10",
@@ -123,7 +148,7 @@ def test_group_without_a_kind_is_refused() -> None:
         parse_recipe(REQUIRED_KEYS | {"method": {"r": 4}})
     with pytest.raises(
         RecipeError,
-        match=r"^Invalid recipe: data\.source\.kind is missing; allowed: docstrings, files, hub, synthetic$",
+        match=r"^Invalid recipe: data\.source\.kind is missing; allowed: docstrings, docstring_libraries, arithmetic, files, hub, synthetic$",
     ):
         parse_recipe(REQUIRED_KEYS | {"data": {"source": {}}})
 

@@ -44,6 +44,7 @@ from peftbench.record import (
     train_peak_bytes,
 )
 from tests.helpers.records import damage_records
+from tests.helpers.scores import build_scores
 
 RECIPE = {
     "name": "run",
@@ -91,13 +92,14 @@ def full_setup() -> dict[str, Any]:
         ),
         "parameters": ParameterCounts(total=10, trainable=1),
         "model_fingerprint": "blake2b 00",
+        "model_config_fingerprint": "blake2b 11",
         "data_fingerprint": "11",
         "num_examples": {"train": 8},
         "num_dropped_examples": {"train": 1},
         "evaluated_at": "2026-01-02T00:00:00+00:00",
         "num_cut_examples": {"train": 2},
         "num_control_token_examples": {"test": 1},
-        "split_overlap": {"texts": 2, "texts_with_summary": 1, "ids": 3, "same_file": False},
+        "split_overlap": {"texts": 2, "texts_with_reference": 1, "ids": 3, "same_file": False},
         "notes": ("a note",),
     }
 
@@ -173,11 +175,12 @@ def full_quality() -> Quality:
         num_examples=2,
         loss=1.0,
         perplexity=math.e,
-        rouge={"rouge1": interval},
-        teacher_forced_argmax_rouge={"rougeL": interval},
-        samples=(Sample(id="1", article="é", reference="b", generated="c"),),
+        metrics=build_scores(exact_match=interval),
+        headline_metric="exact_match",
+        teacher_forced_metrics=build_scores(bleu=interval),
+        samples=(Sample(id="1", prompt="é", reference="b", generated="c"),),
         per_example=PerExample(
-            examples_fingerprint="22", loss=(0.1, 1 / 3), labeled_tokens=(1, 2), rouge={"rouge1": (1.5, 2.5)}
+            examples_fingerprint="22", loss=(0.1, 1 / 3), labeled_tokens=(1, 2), metrics={"exact_match": (1.5, 2.5)}
         ),
     )
 

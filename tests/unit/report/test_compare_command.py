@@ -17,7 +17,7 @@ from peftbench.cli.app import app
 from peftbench.errors import REGRESSION_EXIT_CODE, OutOfRangeError, PeftbenchError, UnknownKeyError, WrongTypeError
 from peftbench.record import RECORD_FILE, read_record
 from peftbench.report.diff.compute import SuiteDiff, diff_suites
-from peftbench.report.diff.metrics import build_metrics, parse_thresholds
+from peftbench.report.diff.metrics import list_compared_metrics, parse_thresholds
 from peftbench.report.diff.render import print_diff, regression_summary
 from tests.helpers.paths import REPOSITORY
 from tests.unit.report.suites import build_run, build_scored_run, capture_printed, write_suite
@@ -48,7 +48,7 @@ DEMO = REPOSITORY / "docs" / "results" / "demo"
 )
 def test_invalid_threshold_is_refused(thresholds: list[str], error_class: type[PeftbenchError], message: str) -> None:
     """Refuse a threshold that is not a percentage or names an unknown metric, in a message of one line."""
-    names = build_metrics([build_run()])
+    names = list_compared_metrics([build_run()])
     with pytest.raises(error_class, match=re.escape(message)) as error:
         parse_thresholds(thresholds).check_names(names)
     assert "\n" not in str(error.value)

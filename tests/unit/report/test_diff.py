@@ -15,7 +15,7 @@ from peftbench.evaluation.intervals import paired_interval
 from peftbench.record import Compute, Device, Flops, Interval, Outcome, RunRecord
 from peftbench.report.diff.compute import compute_paired_intervals, diff_suites
 from peftbench.report.diff.matching import Runs, SettingChange, match_runs
-from peftbench.report.diff.metrics import build_metrics, parse_thresholds
+from peftbench.report.diff.metrics import list_compared_metrics, parse_thresholds
 from peftbench.report.diff.render import regression_summary
 from tests.unit.report.records import draw_scores
 from tests.unit.report.suites import (
@@ -41,7 +41,7 @@ def test_every_metric_has_its_exact_change(tmp_path: Path) -> None:
     )
     metrics = metrics_by_name(compare_runs(tmp_path, build_run(), new))
     changes = {name: (m.before, m.after, m.relative_change, m.verdict, m.regressed) for name, m in metrics.items()}
-    assert list(changes) == ["outcome", *build_metrics([new])]
+    assert list(changes) == ["outcome", *list_compared_metrics([new])]
     unchanged = (31.25, 31.25, 0.0, "equal", False)
     assert changes == {
         "outcome": ("ok", "ok", None, "equal", False),
@@ -407,7 +407,7 @@ def test_false_positives_stay_within_stated_level(tmp_path: Path) -> None:
             )
             for side in range(2)
         ]
-        metrics = build_metrics(list(suites[0].by_path.values()))
+        metrics = list_compared_metrics(list(suites[0].by_path.values()))
         intervals = compute_paired_intervals(match_runs(*suites), metrics)
         false_positives += any(by_metric["rougeL"].significant for by_metric in intervals)
     assert false_positives <= 9

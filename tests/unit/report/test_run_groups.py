@@ -63,7 +63,7 @@ def test_runs_on_different_devices_form_separate_groups() -> None:
     assert [group.runs for group in groups] == [(row,) for row in rows]
 
 
-@pytest.mark.parametrize("fingerprint_field", ["data_fingerprint", "model_fingerprint"])
+@pytest.mark.parametrize("fingerprint_field", ["data_fingerprint", "model_fingerprint", "model_config_fingerprint"])
 def test_different_model_or_data_form_separate_groups(fingerprint_field: str) -> None:
     """Check that a run that failed before its fingerprints were known joins the first group."""
     rows = [

@@ -11,6 +11,7 @@ from scipy.stats import t
 from peftbench.evaluation.intervals import paired_interval
 from peftbench.record import Outcome, RunRecord
 from peftbench.report.analysis.significance import MIN_EXAMPLES, PairComparison, compare_groups
+from tests.helpers.scores import DEFINITIONS
 from tests.unit.report.records import build_judged_record, build_record, draw_scores
 
 COUNT = 60
@@ -238,6 +239,29 @@ def test_one_or_two_examples_are_not_significant(count: int) -> None:
     )
     assert comparisons.metric is not None
     assert comparisons.metric.score_name == "rougeL"
+
+
+def test_runs_with_different_headline_metrics_are_compared_by_loss() -> None:
+    """Name each metric with its runs; all runs have held-out losses."""
+    losses, labeled = [3.0, 4.0] * 15, [1] * 30
+    rows = [
+        build_judged_record(name, name, scores(index, index), losses=losses, labeled=labeled)
+        for index, name in enumerate(("full", "lora"))
+    ]
+    quality = rows[1].quality
+    assert quality is not None
+    assert quality.per_example is not None
+    renamed = {"exact_match": quality.metrics["rougeL"].model_copy(update={"definition": DEFINITIONS["exact_match"]})}
+    per_example = quality.per_example.model_copy(update={"metrics": {"exact_match": tuple(scores(1, 1))}})
+    changes = {"metrics": renamed, "headline_metric": "exact_match", "per_example": per_example}
+    rows[1] = rows[1].model_copy(update={"quality": quality.model_copy(update=changes)})
+    comparisons = compare_groups(rows)
+    assert comparisons.metric is not None
+    assert comparisons.metric.name == "held-out loss"
+    assert comparisons.exclusion_notes[0] == (
+        "All runs are compared by held-out loss, because their headline metrics differ: ROUGE-L of full; "
+        "exact match of lora"
+    )
 
 
 def test_metric_without_comparisons() -> None:

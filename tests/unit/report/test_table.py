@@ -20,8 +20,11 @@ from peftbench.record import (
     Memory,
     Outcome,
     ParameterCounts,
+    Quality,
     RunRecord,
     Sample,
+    Score,
+    ScoreDefinition,
     Throughput,
     TokensPerSecond,
 )
@@ -363,3 +366,16 @@ def test_unknown_metrics_have_notes() -> None:
     cells = parse_single_row(table)
     assert cells["energy (J / 1k samples)"] == "500"
     assert float(cells["training cost"]) == 12  # 12.5 seconds, rounded to two digits
+
+
+def test_scores_with_the_same_title_have_their_own_columns() -> None:
+    """Two functions of the user's may have the same name in two modules; the column then has the full name."""
+    score = Score(
+        interval=Interval(mean=1.5, low=1.0, high=2.0),
+        definition=ScoreDefinition(title="recall", unit="recall", digits=2, higher_is_better=True),
+    )
+    quality = Quality(split="test", num_examples=3, metrics={"a:recall": score, "b:recall": score})
+    table = markdown_table([build_record("x", "full", 1, quality=quality)])
+    assert "recall (a:recall)" in table
+    assert "recall (b:recall)" in table
+    assert table.count("1.50 (1.00–2.00)") == 2

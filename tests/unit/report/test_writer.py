@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from peftbench.cli.app import app
 from peftbench.errors import RecordError
@@ -24,10 +25,10 @@ from tests.unit.report.records import build_record
 REPORT_FILES = {PAGE_FILE, RESULTS_FILE, "results.csv", "results.json", "results.tex"}
 
 
-def run_peftbench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run ``peftbench`` with these arguments and return its output and exit status."""
-    command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+def run_peftbench(*arguments: str, cwd: Path) -> Result:
+    """Run ``peftbench`` with these arguments in this process and return its output and exit code."""
+    with contextlib.chdir(cwd):
+        return CliRunner().invoke(app, arguments)
 
 
 def test_report_writes_all_formats(tmp_path: Path) -> None:
@@ -45,7 +46,16 @@ def test_command_prints_the_path_of_the_page(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     for path, run_record in load_shipped_records("demo").items():
         run_record.write(folder / path.parent.name)
-    result = run_peftbench("report", "demo", "--html", "here/page.html", cwd=tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "peftbench",
+        "report",
+        "demo",
+        "--html",
+        "here/page.html",
+    ]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "report: here/page.html"
     page = (tmp_path / "here" / "page.html").read_text(encoding="utf-8")
@@ -59,12 +69,12 @@ def test_page_lists_finished_and_unfinished_runs(tmp_path: Path) -> None:
         (tmp_path / "out" / name).mkdir(parents=True)
         (tmp_path / "out" / name / "recipe.yaml").write_text("name: x\n", encoding="utf-8")
     result = run_peftbench("report", "out", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
     assert "Unfinished runs" in page
     assert ">second<" in page
     build_record("first", "lora", 10).write(tmp_path / "out" / "first")
-    assert run_peftbench("report", "out", cwd=tmp_path).returncode == 0
+    assert run_peftbench("report", "out", cwd=tmp_path).exit_code == 0
     page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
     assert ">second</th><td>waiting</td>" in page
     assert ">first</th><td>" not in page
@@ -74,7 +84,7 @@ def test_folder_without_runs_is_refused(tmp_path: Path) -> None:
     """Print one sentence and write nothing to the folder."""
     (tmp_path / "empty").mkdir()
     result = run_peftbench("report", "empty", cwd=tmp_path)
-    assert result.returncode == 60
+    assert result.exit_code == 60
     assert result.stderr.count("\n") == 1
     assert list((tmp_path / "empty").iterdir()) == []
 
@@ -131,7 +141,7 @@ def test_refused_run_is_in_every_report(tmp_path: Path) -> None:
     (folder / "recipe.yaml").touch()
     write_refusal(folder, Refusal(error="folder 'no/such/base' does not exist"))
     result = run_peftbench("report", "out", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert "- unfinished: second (refused): folder 'no/such/base' does not exist\n" in result.stdout
     markdown = (tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8")
     assert "## Unfinished runs\n\n- second (refused): folder " in markdown
@@ -162,7 +172,7 @@ def test_no_file_is_written_if_the_page_fails(tmp_path: Path, monkeypatch: pytes
 def test_report_of_absolute_path_has_relative_paths(tmp_path: Path) -> None:
     """Write paths below the current directory as relative paths."""
     build_record("first", "lora", 10).write(tmp_path / "out" / "first")
-    assert run_peftbench("report", str(tmp_path / "out"), cwd=tmp_path).returncode == 0
+    assert run_peftbench("report", str(tmp_path / "out"), cwd=tmp_path).exit_code == 0
     for path in (tmp_path / "out").glob("*.*"):
         assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
 
@@ -179,7 +189,7 @@ def test_option_without_effect_is_refused(arguments: str, message: str, tmp_path
     """Refuse the option in one sentence, and write nothing."""
     build_record("first", "lora", 10).write(tmp_path / "out" / "first")
     result = run_peftbench("report", "out", *arguments.split(), cwd=tmp_path)
-    assert result.returncode == 13
+    assert result.exit_code == 13
     assert message in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["first"]
 

@@ -19,7 +19,7 @@ TRAIN = examples(8, seed=1)
 OTHER = examples(8, seed=2)
 SPACED = {**TRAIN[1], "article": f" {TRAIN[1]['article']}\n"}
 SAME_IDS = [{**row, "id": known["id"]} for row, known in zip(OTHER, TRAIN, strict=True)]
-NONE = SplitOverlap(texts=0, texts_with_summary=0)
+NONE = SplitOverlap(texts=0, texts_with_reference=0)
 
 
 def run_on(workshop: Workshop, folder: Path, test: list[dict[str, Any]], **source_keys: Any) -> RunRecord:
@@ -39,20 +39,20 @@ def with_ids(rows: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
     ("test", "expected"),
     [
         (with_ids(OTHER, "new"), NONE),
-        (with_ids([*OTHER[:5], *TRAIN[:3]], "new"), SplitOverlap(texts=3, texts_with_summary=3)),
+        (with_ids([*OTHER[:5], *TRAIN[:3]], "new"), SplitOverlap(texts=3, texts_with_reference=3)),
         (
             with_ids(
                 [*OTHER[:6], {**TRAIN[0], "summary": "Another."}, {**TRAIN[1], "article": f" {TRAIN[1]['article']}\n"}],
                 "new",
             ),
-            SplitOverlap(texts=2, texts_with_summary=1),
+            SplitOverlap(texts=2, texts_with_reference=1),
         ),
         (
             [{**row, "id": TRAIN[index]["id"]} for index, row in enumerate(OTHER)],
-            SplitOverlap(texts=0, texts_with_summary=0, ids=8),
+            SplitOverlap(texts=0, texts_with_reference=0, ids=8),
         ),
-        (TRAIN, SplitOverlap(texts=8, texts_with_summary=8, ids=8, same_file=True)),
-        (list(reversed(TRAIN)), SplitOverlap(texts=8, texts_with_summary=8, ids=8)),
+        (TRAIN, SplitOverlap(texts=8, texts_with_reference=8, ids=8, same_file=True)),
+        (list(reversed(TRAIN)), SplitOverlap(texts=8, texts_with_reference=8, ids=8)),
     ],
     ids=["none", "texts", "other summary", "ids", "same file", "reordered"],
 )
@@ -73,7 +73,7 @@ def test_overlap_of_splits_is_counted(
 def test_row_numbers_are_not_compared(workshop: Workshop, tmp_path: Path) -> None:
     """Without a column of ids, equal row numbers of two files do not count."""
     assert run_on(workshop, tmp_path / "data", OTHER, id=None).split_overlap == SplitOverlap(
-        texts=0, texts_with_summary=0
+        texts=0, texts_with_reference=0
     )
 
 

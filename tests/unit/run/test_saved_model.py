@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from peftbench.data.sources import Files
-from peftbench.errors import ModelError, OutOfRangeError, RecordError
+from peftbench.errors import ModelError, RecordError
 from peftbench.evaluation.evaluator import Evaluator
-from peftbench.evaluation.metrics.registry import TEXT_METRICS
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.optim import SGD
 from peftbench.recipe.schema import Evaluate, Profile, Recipe
-from peftbench.record import RunRecord, read_record
+from peftbench.record import Device, Memory, Outcome, RunRecord, read_record
 from peftbench.run.outcome import UNEVALUATED
-from peftbench.run.rescoring import rescore_outputs
+from peftbench.run.record_builder import add_evaluation
 from peftbench.run.runner import Run
 from peftbench.run_dir.results import load_existing_result
 from peftbench.training import loop
@@ -32,6 +32,7 @@ from tests.helpers.short_runs import use_small_matmul
 from tests.helpers.training import reset_accelerators
 from tests.helpers.workshop import Workshop
 
+QUICK: dict[str, Any] = {"metrics": (), "max_new_tokens": 8, "bootstrap_resamples": 100}
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has")
 
 
@@ -75,7 +76,7 @@ def test_saved_model_is_evaluated_to_the_same_quality(
     assert trained.quality is not None
     assert record.quality is not None
     assert record.quality.loss == pytest.approx(trained.quality.loss, rel=1e-6)
-    assert record.quality.rouge == trained.quality.rouge
+    assert record.quality.metrics == trained.quality.metrics
     assert (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8") == outputs
     changed = {"quality", "phase_seconds", "memory", "evaluated_at"}
     assert trained.evaluated_at is None
@@ -100,7 +101,7 @@ def test_generation_out_of_memory_keeps_model_and_loss(workshop: Workshop, monke
     evaluated = evaluate(with_evaluation(recipe, batch_size=1))
     assert evaluated.outcome.kind == "ok"
     assert evaluated.quality is not None
-    assert evaluated.quality.rouge is not None
+    assert evaluated.quality.metrics
     assert evaluated.quality.loss == pytest.approx(record.quality.loss)
     assert evaluated.recipe["evaluate"]["batch_size"] == 1
     assert evaluated.throughput == record.throughput
@@ -124,7 +125,7 @@ def test_rerun_after_a_failed_evaluation_trains_nothing(
     assert record.outcome.kind == "ok"
     assert len(record.step_losses) == 3
     assert record.quality is not None
-    assert record.quality.rouge is not None
+    assert record.quality.metrics
 
 
 def test_killed_evaluation_leaves_a_record_of_the_training(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,73 +169,50 @@ def test_batch_is_halved_until_it_fits(workshop: Workshop, monkeypatch: pytest.M
     assert len(record.quality.per_example.loss) == 8
 
 
-def test_metrics_are_computed_again_from_the_outputs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure of a metric loses no text, and neither model nor data is needed for another attempt."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None, "saved_samples": 2})
-    complete = workshop.run(recipe)
-
-    def fail(*_: object) -> dict[str, tuple[float, ...]]:
-        raise ZeroDivisionError("a bug of a metric")
-
-    with monkeypatch.context() as patch:
-        patch.setitem(TEXT_METRICS, "rouge", fail)
-        with pytest.raises(ZeroDivisionError):
-            workshop.run(recipe)
-    failed = read_record(workshop.output / "run" / "record.json")
-    assert failed.outcome.kind == "failed"
-    assert failed.quality is not None
-    assert failed.quality.rouge is None
-    assert len(failed.quality.samples) == 2
-    monkeypatch.setattr(Files, "load", lambda *_: pytest.fail("the data was loaded"))
-    outcome, path = rescore_outputs(recipe)
-    record = read_record(path)
-    assert outcome == record.outcome
-    assert record.outcome.kind == "ok"
-    assert record.quality == complete.quality
+@pytest.mark.parametrize(
+    ("batch_sizes", "notes"),
+    [
+        ([5, 5], []),
+        ([5, 2], ["evaluate.batch_size=5 ran out of memory; it was halved to 2 on rank 1"]),
+        ([2, 5, 1], ["evaluate.batch_size=5 ran out of memory; it was halved to 1 on rank 0, 2"]),
+    ],
+)
+def test_halved_batches_of_all_ranks_are_noted(
+    batch_sizes: list[int], notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note has the smallest batch, also of ranks that write no record."""
+    evaluator = object.__new__(Evaluator)
+    evaluator.accelerator = SimpleNamespace(num_processes=len(batch_sizes))  # type: ignore[assignment]
+    evaluator.config, evaluator.batch_size, evaluator.notes = Evaluate(batch_size=5), batch_sizes[0], []
+    gathered = iter([[(1, "b"), (0, "a")], batch_sizes])
+    monkeypatch.setattr("peftbench.evaluation.evaluator.gather_object", lambda _: next(gathered))
+    assert evaluator._gather_in_order([(0, "a")]) == ["a", "b"]
+    assert evaluator.notes == notes
 
 
-def test_outputs_have_every_example(workshop: Workshop) -> None:
-    """One line per example of the split, in its order, also the teacher-forced text."""
-    workshop.run(workshop.recipe(Full(), evaluate={"metrics": None, "teacher_forced": True, "saved_samples": 1}))
-    lines = (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
-    outputs = [json.loads(line) for line in lines]
-    assert [output["reference"] for output in outputs] == list(workshop.source.load("test")["summary"])
-    assert all(set(output) == {"id", "reference", "generated", "teacher_forced"} for output in outputs)
-
-
-def test_outputs_of_an_earlier_run_are_deleted(workshop: Workshop) -> None:
-    """A record without generated texts does not keep those of the run that it replaces."""
-    workshop.run(workshop.recipe(Full(), evaluate={"metrics": None}))
-    workshop.run(workshop.recipe(Full()))
-    assert not (workshop.output / "run" / "outputs.jsonl").exists()
-    with pytest.raises(RecordError, match=r"outputs\.jsonl cannot be read"):
-        rescore_outputs(workshop.recipe(Full()))
-
-
-@pytest.mark.parametrize("damage", ["{", '{"id": "0"}', ""])
-def test_damaged_outputs_are_refused(damage: str, workshop: Workshop) -> None:
-    """The sentence names the line or the difference, and the record is unchanged."""
-    recipe = workshop.recipe(Full(), evaluate={"metrics": None})
-    record = workshop.run(recipe)
-    path = workshop.output / "run" / "outputs.jsonl"
-    path.write_text(path.read_text(encoding="utf-8").replace("\n", f"\n{damage}\n", 1), encoding="utf-8")
-    with pytest.raises(RecordError, match=r"line 2 of .* is not an output"):
-        rescore_outputs(recipe)
-    path.write_text(path.read_text(encoding="utf-8").partition("\n")[0] + "\n", encoding="utf-8")
-    with pytest.raises(RecordError, match="do not match the evaluated examples"):
-        rescore_outputs(recipe)
-    assert read_record(workshop.output / "run" / "record.json") == record
+def test_later_evaluation_replaces_memory_by_rank() -> None:
+    """The phases of the evaluation are those of the later process; with other ranks they are not known by rank."""
+    values = {"name": "run", "started_at": "2026-01-01", "recipe": {}, "recipe_fingerprint": "", "library_versions": {}}
+    common = values | {"outcome": Outcome(kind="ok"), "device": Device(type="cpu", name="", num_processes=2)}
+    train, old, new = (Memory(rss_bytes=size) for size in (1, 2, 3))
+    trained = RunRecord(**common, memory_by_rank=({"train": train, "evaluate": old, "generate": old},) * 2)
+    evaluated = RunRecord(**common, memory_by_rank=({"load": new, "evaluate": new},) * 2)
+    on_one = RunRecord(**common, memory_by_rank=({"load": new, "evaluate": new},))
+    assert add_evaluation(trained, evaluated).memory_by_rank == ({"train": train, "evaluate": new},) * 2
+    assert add_evaluation(trained, on_one).memory_by_rank == ({"train": train},) * 2
 
 
 @pytest.mark.parametrize(
     ("changes", "trains"),
     [
         ({"evaluate": Evaluate(metrics=(), max_new_tokens=4, bootstrap_resamples=100)}, False),
+        ({"evaluate": Evaluate(**QUICK, general_text="shipped")}, False),
+        ({"evaluate": Evaluate(**QUICK, interval=2)}, True),
         ({"profile": Profile(untimed_steps=1)}, True),
         ({"method": Lora(r=4)}, True),
         ({}, True),
     ],
-    ids=["evaluation", "profile", "method", "unchanged"],
+    ids=["evaluation", "general text", "evaluation during training", "profile", "method", "unchanged"],
 )
 def test_only_a_changed_evaluation_reuses_the_model(changes: dict[str, Any], trains: bool, workshop: Workshop) -> None:
     """A changed measurement is made again, and a complete run that is requested again is repeated."""
@@ -258,19 +236,31 @@ def test_changed_training_data_is_trained_on(split: str, workshop: Workshop, tmp
     assert (second.step_seconds == first.step_seconds) == (split == "test")
 
 
-@pytest.mark.parametrize("method", [Lora(r=2), LastLayer()], ids=["lora", "last_layer"])
-def test_changed_base_model_is_noticed(method: Method, workshop: Workshop, tmp_path: Path) -> None:
-    """An adapter is not evaluated on another base model; a whole model does not need its base."""
+def _change_weights(base: Path) -> None:
     from safetensors.torch import load_file, save_file
 
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+
+
+def _change_config(base: Path) -> None:
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.1}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [_change_weights, _change_config])
+@pytest.mark.parametrize("method", [Lora(r=2), LastLayer()], ids=["lora", "last_layer"])
+def test_changed_base_model_is_noticed(
+    method: Method, change: Callable[[Path], None], workshop: Workshop, tmp_path: Path
+) -> None:
+    """An adapter is not evaluated on another base model; a whole model does not need its base."""
     base = tmp_path / "base"
     base.mkdir()
     for file in workshop.base_folder("gpt2_tied").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     recipe = workshop.recipe(method, save_model=True, model={"path": str(base)})
     first = workshop.run(recipe)
-    weights = load_file(base / "model.safetensors")
-    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    change(base)
     if method.keeps_base_frozen:
         with pytest.raises(ModelError, match="has changed since"):
             evaluate(recipe)
@@ -401,18 +391,6 @@ def test_repeated_evaluation_does_not_repeat_notes(workshop: Workshop, monkeypat
     notes = workshop.run(recipe).notes
     assert len(notes) == 1
     assert evaluate(recipe).notes == evaluate(recipe).notes == notes
-
-
-def test_outputs_are_not_scored_for_another_recipe(workshop: Workshop) -> None:
-    """Only the settings of the intervals may change."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None})
-    workshop.run(recipe)
-    with pytest.raises(OutOfRangeError, match="generated with another recipe"):
-        rescore_outputs(recipe.model_copy(update={"method": Lora(r=64)}))
-    with pytest.raises(OutOfRangeError, match="generated with another recipe"):
-        rescore_outputs(with_evaluation(recipe, max_new_tokens=4))
-    outcome, _ = rescore_outputs(with_evaluation(recipe, bootstrap_resamples=200))
-    assert outcome.kind == "ok"
 
 
 def test_diverged_training_is_repeated_on_request(workshop: Workshop) -> None:

@@ -9,6 +9,8 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
 
 from peftbench.methods.lora import Lora
+from peftbench.record import read_record
+from peftbench.record.run_record import RECORD_FILE
 from peftbench.run.trackers import _NAME_SETTERS, _RUN_NAME_KEYS
 from tests.helpers.disks import mount_tmpfs
 from tests.helpers.workshop import Workshop
@@ -56,6 +58,20 @@ def test_error_of_a_tracker_does_not_end_the_training(
     assert note.startswith("the tracker tensorboard was switched off after step 2: ")
     assert str(error) in note
     assert f"warning: {note}" in capsys.readouterr().err
+
+
+def test_error_at_the_end_is_in_the_record(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record is written before the trackers end, and written again with the note."""
+
+    def fail(_: TensorBoardTracker) -> None:
+        assert read_record(workshop.output / "run" / RECORD_FILE).notes == ()
+        raise ConnectionError("lost")
+
+    monkeypatch.setattr(TensorBoardTracker, "finish", fail)
+    record = workshop.run(workshop.recipe(Lora(r=2), **TRACKED))
+    assert record.outcome.kind == "ok"
+    assert record.notes == ("the tracker tensorboard was switched off after step 3: lost",)
+    assert read_record(workshop.output / "run" / RECORD_FILE) == record
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of its writer

@@ -143,3 +143,20 @@ def test_accelerate_config_is_relative_to_the_suite(folder: Path) -> None:
     )
     with pytest.raises(MissingFileError, match=r"gpu\.yaml"):
         resolve_accelerate_config(write_suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: gpu.yaml\n"))
+
+
+STOPPING = "overrides: [evaluate.interval=1, early_stopping.patience=2{more}]\n"
+
+
+def test_unequal_steps_are_refused(folder: Path) -> None:
+    """Early stopping could end the runs of a comparison at different steps; one training cannot differ from others."""
+    text = "name: s\nrecipes: [{recipes}]\n" + STOPPING
+    with pytest.raises(OutOfRangeError, match=r"early_stopping\.patience=2 of full .* 2 trainings") as raised:
+        expand(write_suite(folder, text.format(recipes="full.yaml, lora.yaml", more="")))
+    assert "early_stopping.allow_unequal_steps=true" in str(raised.value)
+    with pytest.raises(OutOfRangeError, match="different numbers of steps"):
+        expand(write_suite(folder, text.format(recipes="lora.yaml", more="")), seeds=2)
+    allowed = text.format(recipes="full.yaml, lora.yaml", more=", early_stopping.allow_unequal_steps=true")
+    assert len(expand(write_suite(folder, allowed))) == 2
+    (folder / "zero.yaml").write_text("extends: common.yaml\nname: zero\nmethod: {kind: zero_shot}\n")
+    assert len(expand(write_suite(folder, text.format(recipes="lora.yaml, zero.yaml", more="")))) == 2

@@ -116,7 +116,7 @@ def _read_structures(array: pyarrow.Array) -> Sequence[Cell]:
         try:
             cells.append(to_json(value))
         except (TypeError, ValueError):
-            cells.append(CellFault(f"a value of type {array.type}, which JSON does not have", "convert it to text"))
+            cells.append(CellFault(f"a value of type {array.type}, which JSON does not have,", "convert it to text"))
     return cells
 
 

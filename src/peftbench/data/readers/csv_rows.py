@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from peftbench.data.readers.json_rows import parse_structure
 from peftbench.data.readers.rows import Cell, Columns, Row, SplitLocation, to_json
 from peftbench.data.readers.text_file import open_text
 from peftbench.errors import DataError
@@ -88,7 +88,7 @@ def _read_header(records: Iterator[tuple[int, list[str]]], location: SplitLocati
 def _read_structure(cell: str) -> Cell:
     if cell.lstrip().startswith(("[", "{")):
         try:
-            return to_json(json.loads(cell))
+            return parse_structure(cell)
         except (ValueError, RecursionError):
             pass
     return to_json(cell or None)

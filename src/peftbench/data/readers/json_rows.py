@@ -204,6 +204,15 @@ def _read_cell(value: object, column: str) -> Cell:
     return find_surrogate(value) or value
 
 
+def parse_structure(text: str) -> Cell:
+    """Return the cell of a structured column whose value is written as JSON.
+
+    Raises:
+        ValueError, RecursionError: the text is not JSON.
+    """
+    return _read_structure(_DECODER.decode(text))
+
+
 def _read_structure(value: object) -> Cell:
     try:
         return to_json(_to_plain(value))

@@ -25,12 +25,12 @@ _NEED_NAMES: dict[Needs, str] = {
 
 
 class Metric(ABC):
-    """Computes one or more scores, e.g. one for each kind of ROUGE."""
+    """Computes one or more scores, e.g. a strict and a flexible one."""
 
     name: ClassVar[str]
     """Name in ``evaluate.metrics``."""
     needs: ClassVar[Needs] = "generated"
-    """What it is computed from."""
+    """Input of the computation."""
     library: ClassVar[str | None] = None
     """Package that it imports and that peftbench does not install by default, as pip and Python name it."""
     scores: Mapping[str, ScoreDefinition]
@@ -40,7 +40,7 @@ class Metric(ABC):
     def compute(self, outputs: Sequence[Output]) -> dict[str, tuple[float, ...]]:
         """Return one value per example, by score name. The mean of the values is the score.
 
-        A score that is no mean over examples has jackknife pseudo-values, see :mod:`.jackknife`.
+        A score that is not a mean over examples has jackknife pseudo-values, see :mod:`.jackknife`.
         """
 
     def may_have_score(self, score: str) -> bool:

@@ -17,7 +17,8 @@ class ChoiceAccuracy(Metric):
     """The most likely choice is right, as in lm-evaluation-harness (Gao et al. 2021).
 
     ``accuracy`` compares log-likelihoods, ``accuracy_norm`` log-likelihoods per byte, since a long choice has a low
-    likelihood by its length alone. The first of equally likely choices counts.
+    likelihood by its length alone; the harness's acc_norm counts characters, the same for ASCII. The first of equally
+    likely choices counts.
     """
 
     name: ClassVar[str] = "choice_accuracy"

@@ -15,14 +15,14 @@ from peftbench.record import ScoreDefinition
 from peftbench.record.quality import PERCENT
 
 _MAX_LABELS = 1000
-"""Maximum number of different references; with more, they are no labels."""
+"""Maximum number of different references; with more, they are free text."""
 
 
 class Classification(TextMetric):
     """Accuracy, and the mean F1 of the labels (Sokolova and Lapalme 2009, A systematic analysis of performance measures
     for classification tasks; the same as scikit-learn's ``f1_score(average="macro")`` with the references' labels).
 
-    The labels are the references' texts. A generated text that is no label is wrong. Case and surrounding whitespace
+    The labels are the references' texts. Any other generated text is wrong. Case and surrounding whitespace
     do not count.
     """
 
@@ -49,7 +49,7 @@ def _normalize(label: str) -> str:
 
 
 def _count_labels(predicted: Sequence[str], expected: Sequence[str]) -> NDArray[numpy.float64]:
-    """Return (examples, 2 x labels): whether the example is a hit of each label, and its predictions plus references."""
+    """Return (examples, 2 x labels): whether the example is a hit of each label, then its uses in both texts."""
     labels = {label: index for index, label in enumerate(sorted(set(expected)))}
     if len(labels) > _MAX_LABELS:
         raise MetricError(

@@ -39,5 +39,5 @@ class ExactMatch(TextMetric):
 
 
 def normalize(text: str) -> str:
-    """Return a text in lower case, without ASCII punctuation, the words a, an and the, and repeated whitespace."""
+    """Return a text in lower case, without ASCII punctuation, a, an and the, and repeated whitespace."""
     return " ".join(_DROPPED_WORDS.sub(" ", text.lower().translate(_PUNCTUATION)).split())

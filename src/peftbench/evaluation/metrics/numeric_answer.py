@@ -1,4 +1,4 @@
-"""Numeric answers of word problems, as in GSM8K."""
+"""Numeric answers of arithmetic problems, as in GSM8K."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _NUMBER = r"(?:(?<![0-9])-)?\$?(?:[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?|\.[0-9]+)(
 _MARKED_NUMBER = re.compile(rf"####\s*({_NUMBER})")
 _ANY_NUMBER = re.compile(_NUMBER)
 _MAX_DIGITS = 100
-"""Longer numbers are no answer; Python refuses to convert more than 4,300 digits."""
+"""A longer number is never equal; Python refuses to convert more than 4,300 digits."""
 
 
 class NumericAnswer(TextMetric):
-    """Equality of numbers (Cobbe et al. 2021, Training verifiers to solve math word problems), by the package
+    """Equality of numbers (Cobbe et al. 2021, Training verifiers to solve math problems), by the package
     math-verify: 1,000 equals 1000.0, and 3/4 equals 0.75.
 
     The strict score takes the number after ``####``, the flexible one the last number, like the two filters of
@@ -39,8 +39,8 @@ class NumericAnswer(TextMetric):
             high=100,
         )
         for name, title, what in (
-            ("answer_strict", "answer, strict", "whose number after #### equals"),
-            ("answer_flexible", "answer, flexible", "whose last number equals"),
+            ("answer_strict", "numeric answer, strict", "whose number after #### equals"),
+            ("answer_flexible", "numeric answer, flexible", "whose last number equals"),
         )
     }
 

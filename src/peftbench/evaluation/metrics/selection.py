@@ -64,7 +64,7 @@ def check_metrics(recipe: Recipe) -> None:
 
     Raises:
         UnknownKeyError: there is no such metric.
-        OutOfRangeError: the headline metric is no score of these metrics, or nothing scores teacher-forced text.
+        OutOfRangeError: these metrics do not compute the headline metric, or nothing scores teacher-forced text.
         MetricError: a metric's library is missing, or its code cannot be imported.
     """
     metrics = select_metrics(recipe)

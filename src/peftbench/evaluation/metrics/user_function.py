@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peftbench.common.text import first_line
@@ -39,8 +39,8 @@ class UserFunction(TextMetric):
     def function(self) -> Callable[[list[str], list[str]], Any]:
         """The function, imported at the first use."""
         module, _, name = self.path.partition(SEPARATOR)
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # last, so that a file does not hide a library
+        if (folder := str(Path.cwd())) not in sys.path:
+            sys.path.append(folder)  # last, so that a file does not hide a library
         try:
             function = getattr(importlib.import_module(module), name, None)
         except Exception as error:  # the module may raise anything
@@ -49,7 +49,7 @@ class UserFunction(TextMetric):
                 "give module:function of a module in the working directory or on the Python path",
             ) from error
         if not callable(function):
-            raise MetricError(f"the metric {self.path} is no function: {module} has no function {name!r}")
+            raise MetricError(f"the metric {self.path} is not a function: {module} has no function {name!r}")
         return function  # type: ignore[no-any-return]
 
     @property
@@ -72,10 +72,10 @@ class UserFunction(TextMetric):
         return score == self.path or score.startswith(f"{self.path}/")
 
     def check(self) -> None:
-        assert self.function
+        self.import_libraries()
 
     def import_libraries(self) -> None:
-        assert self.function
+        _ = self.function
 
     def score_texts(self, generated: Sequence[str], references: Sequence[str]) -> dict[str, tuple[float, ...]]:
         try:
@@ -89,7 +89,7 @@ class UserFunction(TextMetric):
             ) from error
         if len(values) != len(generated):
             raise MetricError(
-                f"the metric {self.path} returned {len(values)} values for {len(generated)} examples",
+                f"the metric {self.path} returned a list of length {len(values)} for {len(generated)} examples",
                 "return one number, or one dict of numbers, for each example",
             )
         rows = [value if isinstance(value, Mapping) else {"": value} for value in values]

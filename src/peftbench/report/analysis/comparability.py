@@ -9,10 +9,17 @@ from peftbench.record import RunRecord
 from peftbench.report.analysis.run_groups import RunGroup, Seed, seed_of
 from peftbench.report.text.formatting import join_with_and
 
+
+def _count_used_examples(record: RunRecord) -> dict[str, int]:
+    """Return the trained and evaluated examples by split, without those that were evaluated only during training."""
+    used = {"train", record.quality.split} if record.quality is not None else set(record.num_examples)
+    return {split: count for split, count in record.num_examples.items() if split in used}
+
+
 _PROTOCOL: dict[str, Callable[[RunRecord], object]] = {
     "data": lambda record: record.data_fingerprint,
     "base model": lambda record: record.model_fingerprint,
-    "number of examples": lambda record: record.num_examples,
+    "number of examples": _count_used_examples,
     "steps": lambda record: record.steps,
     "train.global_batch_size": lambda record: record.recipe["train"]["global_batch_size"],
     "data.max_length": lambda record: record.recipe["data"]["max_length"],
@@ -26,6 +33,9 @@ _PROTOCOL: dict[str, Callable[[RunRecord], object]] = {
 def list_protocol_differences(records: Sequence[RunRecord]) -> list[str]:
     """Return what the runs, all trained, differ in other than their method; recipe keys come with their values."""
     differences = []
+    config_fingerprints = {record.model_config_fingerprint for record in records} - {None}  # not in older records
+    if len(config_fingerprints) > 1:
+        differences.append("config.json of the base model")
     for name, get_value in _PROTOCOL.items():
         values = list(dict.fromkeys(json.dumps(get_value(record)) for record in records))
         if len(values) > 1:

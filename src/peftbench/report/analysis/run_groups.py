@@ -73,7 +73,7 @@ class RunGroup:
         return _mean_if_known(run.flops.model_flops for run in self.ok_runs)
 
     def means_by_seed(self, metric: QualityMetric) -> tuple[float, ...]:
-        """Return one finite value per seed: the mean of its runs, so that a repeated run is no other seed."""
+        """Return one finite value per seed: the mean of its runs, so that a repeated run does not count twice."""
         values: dict[Seed, list[float]] = {}
         for run in self.ok_runs:
             value = metric.get_value(run)
@@ -124,9 +124,8 @@ def _device_key(record: RunRecord) -> tuple[str, str, int]:
 def _split_by_fingerprints(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Split runs by model and data fingerprint. A run that failed before they were known joins the first match."""
     groups: list[tuple[dict[str, str], list[RunRecord]]] = []
-    for record in sorted(records, key=lambda r: (r.model_fingerprint, r.data_fingerprint).count(None)):
-        fingerprints = {"model": record.model_fingerprint, "data": record.data_fingerprint}
-        known = {name: value for name, value in fingerprints.items() if value is not None}
+    for record in sorted(records, key=lambda record: -len(_list_fingerprints(record))):
+        known = _list_fingerprints(record)
         for group_fingerprints, runs in groups:
             if all(group_fingerprints.get(name, value) == value for name, value in known.items()):
                 group_fingerprints.update(known)
@@ -136,6 +135,15 @@ def _split_by_fingerprints(records: Sequence[RunRecord]) -> list[list[RunRecord]
             groups.append((known, [record]))
     position = {id(record): index for index, record in enumerate(records)}
     return [sorted(runs, key=lambda run: position[id(run)]) for _, runs in groups]
+
+
+def _list_fingerprints(record: RunRecord) -> dict[str, str]:
+    fingerprints = {
+        "model": record.model_fingerprint,
+        "config": record.model_config_fingerprint,
+        "data": record.data_fingerprint,
+    }
+    return {name: value for name, value in fingerprints.items() if value is not None}
 
 
 def _with_unique_labels(groups: Sequence[RunGroup]) -> list[RunGroup]:

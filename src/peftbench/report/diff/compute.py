@@ -17,7 +17,14 @@ from peftbench.evaluation.intervals import paired_intervals
 from peftbench.record import Interval, PerExample, RunRecord
 from peftbench.report.analysis.significance import MIN_EXAMPLES, bonferroni_confidence
 from peftbench.report.diff.matching import Match, MatchedBy, Runs, SettingChange, diff_settings, match_runs
-from peftbench.report.diff.metrics import LOSS_METRIC, OUTCOME_METRIC, Metric, Thresholds, build_metrics, metric_value
+from peftbench.report.diff.metrics import (
+    LOSS_METRIC,
+    OUTCOME_METRIC,
+    ComparedMetric,
+    Thresholds,
+    list_compared_metrics,
+    metric_value,
+)
 
 DiffVerdict = Literal["regressed", "improved", "within", "equal", "missing", "not_reported", "new", "changed"]
 """Verdict on a metric. regressed, improved: worse or better by more than the threshold; within: by less; missing: no
@@ -123,7 +130,7 @@ def diff_suites(before: Path, after: Path, thresholds: Thresholds | None = None)
     """
     limits = thresholds or Thresholds()
     left, right = Runs.load(before), Runs.load(after)
-    metrics = build_metrics([*left.by_path.values(), *right.by_path.values()])
+    metrics = list_compared_metrics([*left.by_path.values(), *right.by_path.values()])
     limits.check_names(metrics)
     matches = match_runs(left, right)
     pairs = tuple(
@@ -162,7 +169,10 @@ def _common_changes(run_diffs: Sequence[RunDiff]) -> tuple[SettingChange, ...]:
 
 
 def _diff_run(
-    match: Match, metrics_by_name: Mapping[str, Metric], thresholds: Thresholds, intervals: Mapping[str, PairedInterval]
+    match: Match,
+    metrics_by_name: Mapping[str, ComparedMetric],
+    thresholds: Thresholds,
+    intervals: Mapping[str, PairedInterval],
 ) -> RunDiff:
     old, new = match.before, match.after
     names = (old.name if old else None, new.name if new else None)
@@ -182,7 +192,7 @@ def _diff_run(
 def _diff_metrics(
     before: RunRecord,
     after: RunRecord,
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, ComparedMetric],
     thresholds: Thresholds,
     intervals: Mapping[str, PairedInterval],
 ) -> tuple[MetricDiff, ...]:
@@ -215,7 +225,11 @@ def _diff_outcome(before: RunRecord, after: RunRecord) -> MetricDiff:
 
 
 def _diff_metric(
-    metric: Metric, before: RunRecord, after: RunRecord, threshold: Fraction, paired_interval: PairedInterval | None
+    metric: ComparedMetric,
+    before: RunRecord,
+    after: RunRecord,
+    threshold: Fraction,
+    paired_interval: PairedInterval | None,
 ) -> MetricDiff | None:
     old, new = metric_value(metric, before), metric_value(metric, after)
     if old is None and new is None:
@@ -239,12 +253,12 @@ def _diff_metric(
     )
 
 
-def _format_value(metric: Metric, value: float | None) -> str:
+def _format_value(metric: ComparedMetric, value: float | None) -> str:
     return "unknown" if value is None else metric.format_value(value)
 
 
 def _classify_change(
-    metric: Metric, before: float | None, after: float | None, threshold: Fraction
+    metric: ComparedMetric, before: float | None, after: float | None, threshold: Fraction
 ) -> tuple[float | None, DiffVerdict]:
     """Return relative change and verdict.
 
@@ -271,7 +285,9 @@ class _ExampleDifferences:
     """Labeled tokens of each example for a loss, None for a score."""
 
 
-def _example_differences(metric: Metric, before: RunRecord, after: RunRecord) -> _ExampleDifferences | str | None:
+def _example_differences(
+    metric: ComparedMetric, before: RunRecord, after: RunRecord
+) -> _ExampleDifferences | str | None:
     """Return per-example differences, or the reason for their absence; None if unknown or not a quality metric."""
     if not metric.is_quality or metric_value(metric, before) is None or metric_value(metric, after) is None:
         return None
@@ -291,7 +307,7 @@ def _example_differences(metric: Metric, before: RunRecord, after: RunRecord) ->
 
 
 def compute_paired_intervals(
-    matches: Sequence[Match], metrics: Mapping[str, Metric]
+    matches: Sequence[Match], metrics: Mapping[str, ComparedMetric]
 ) -> list[dict[str, PairedInterval]]:
     """Return the intervals of all quality metrics: for each match, by metric name.
 

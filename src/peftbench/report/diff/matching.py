@@ -120,7 +120,8 @@ def _recipe_settings(record: RunRecord) -> dict[str, Any]:
 
 
 def _environment_facts(record: RunRecord) -> dict[str, Any]:
-    fields = {"library_versions", "device", "engine", "git_commit", "data_fingerprint", "model_fingerprint"}
+    fingerprints = {"data_fingerprint", "model_fingerprint", "model_config_fingerprint"}
+    fields = {"library_versions", "device", "engine", "git_commit", *fingerprints}
     return dict(flatten_keys(record.model_dump(mode="json", include=fields)))
 
 

@@ -22,7 +22,7 @@ LOSS_METRIC = "held_out_loss"
 
 
 @dataclass(frozen=True)
-class Metric:
+class ComparedMetric:
     """A metric of a run: how to read it from a record, its unit and its good direction."""
 
     name: str
@@ -38,10 +38,10 @@ class Metric:
     """True if some devices cannot measure it, so that a missing value on another device is not a regression."""
 
 
-def _score_metric(metric: QualityMetric) -> Metric:
+def _score_metric(metric: QualityMetric) -> ComparedMetric:
     digits = metric.decimals + 1
     better: Better = "higher" if metric.higher_is_better else "lower"
-    return Metric(
+    return ComparedMetric(
         str(metric.score_name),
         metric.definition.unit,
         better,
@@ -51,32 +51,38 @@ def _score_metric(metric: QualityMetric) -> Metric:
     )
 
 
-_LOSS = Metric(
+_LOSS = ComparedMetric(
     LOSS_METRIC, "nats", "lower", lambda r: r.quality.loss if r.quality else None, "{:.4f}".format, is_quality=True
 )
 _COSTS = (
-    Metric("train_seconds", "seconds", "lower", lambda r: r.train_seconds, "{:,.1f} s".format),
-    Metric(
+    ComparedMetric("train_seconds", "seconds", "lower", lambda r: r.train_seconds, "{:,.1f} s".format),
+    ComparedMetric(
         "tokens_per_second",
         "real tokens per second",
         "higher",
         lambda r: r.throughput.tokens_per_second.real if r.throughput else None,
         "{:,.0f}/s".format,
     ),
-    Metric("train_peak_bytes", "bytes", "lower", train_peak_bytes, lambda size: f"{size / 2**20:,.1f} MiB"),
-    Metric("model_flops", "FLOP", "lower", lambda r: r.flops.model_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
-    Metric("hardware_flops", "FLOP", "lower", lambda r: r.flops.hardware_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
-    Metric("mfu", "fraction of the peak", "higher", lambda r: r.compute.mfu, "{:.2%}".format, device_dependent=True),
-    Metric("train_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format, device_dependent=True),
+    ComparedMetric("train_peak_bytes", "bytes", "lower", train_peak_bytes, lambda size: f"{size / 2**20:,.1f} MiB"),
+    ComparedMetric("model_flops", "FLOP", "lower", lambda r: r.flops.model_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
+    ComparedMetric(
+        "hardware_flops", "FLOP", "lower", lambda r: r.flops.hardware_flops, lambda n: f"{n / 1e12:.4g} TFLOP"
+    ),
+    ComparedMetric(
+        "mfu", "fraction of the peak", "higher", lambda r: r.compute.mfu, "{:.2%}".format, device_dependent=True
+    ),
+    ComparedMetric(
+        "train_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format, device_dependent=True
+    ),
 )
 
 
-def build_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
+def list_compared_metrics(records: Sequence[RunRecord]) -> dict[str, ComparedMetric]:
     """Return the metrics of these runs by name, in display order: loss, scores of the records, costs."""
     return {metric.name: metric for metric in (_LOSS, *map(_score_metric, list_scores(records)), *_COSTS)}
 
 
-def metric_value(metric: Metric, record: RunRecord) -> float | None:
+def metric_value(metric: ComparedMetric, record: RunRecord) -> float | None:
     """Return a run's value in ``metric.unit``; None if unknown, not finite, or the run's outcome is not ok.
 
     Values of a run that failed cover only some of its steps.

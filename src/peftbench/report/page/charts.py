@@ -354,6 +354,40 @@ def loss_curves(rows: Sequence[ChartRow], groups: ColorGroups) -> list[Chart]:
     return drawn
 
 
+def held_out_curves(rows: Sequence[ChartRow], groups: ColorGroups) -> list[Chart]:
+    """Return the chart of the held-out loss during training; none without data."""
+    if not rows:
+        return []
+    kept = [row for row in rows if row["kept"]]
+    x = alt.X("step:Q", title=X_AXES["step"])
+    y = alt.Y("loss:Q", title="held-out loss (nats)", scale=alt.Scale(zero=False))
+    color = _color_encoding(groups, rows)
+    tips = [
+        alt.Tooltip("run:N"),
+        alt.Tooltip("step:Q", format=",.0f"),
+        alt.Tooltip("loss:Q", format=".3f"),
+        alt.Tooltip("evaluation seconds:Q", format=",.1f"),
+    ]
+    lines = _layer("runs").mark_line(strokeWidth=1.9, point=alt.OverlayMarkDef(size=36))
+    layers = [lines.encode(x=x, y=y, color=color, detail="run:N", tooltip=tips)]
+    if kept:
+        layers.append(_layer("kept").mark_point(size=190, strokeWidth=2, filled=False).encode(x=x, y=y, color=color))
+    caption = "Loss on the validation split, outside of every measurement of the training." + (
+        " A ring marks the step whose weights were saved and evaluated." if kept else ""
+    )
+    return [
+        _build_chart(
+            "held-out",
+            "Held-out loss during training",
+            caption,
+            alt.layer(*layers).properties(height=260),
+            data={"runs": rows, **({"kept": kept} if kept else {})},
+            fields=["run", "step", "loss"],
+            table_source=rows,
+        )
+    ]
+
+
 def throughput_chart(rows: Sequence[ChartRow], groups: ColorGroups) -> Chart | None:
     """Return real tokens per second with the percentiles of the steps; None without data."""
     if not rows:

@@ -174,7 +174,10 @@ def build_page_data(
         rows=[_build_table_row(record, columns) for record in rows],
         trade_off_charts=_trade_off_charts(points, groups, comparison_set.groups, metric),
         memory_chart=_memory_chart(_add_oom_runs(drawn, rows)),
-        loss_charts=charts.loss_curves(series.loss_curve_rows(drawn, groups), groups),
+        loss_charts=[
+            *charts.loss_curves(series.loss_curve_rows(drawn, groups), groups),
+            *charts.held_out_curves(series.held_out_curve_rows(drawn, groups), groups),
+        ],
         throughput_chart=charts.throughput_chart(series.throughput_rows(drawn, groups), groups),
         examples=_collect_examples(drawn),
         equal_settings=[setting for setting in settings if setting.is_constant],

@@ -79,6 +79,23 @@ def loss_curve_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> 
     return rows
 
 
+def held_out_curve_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> list[ChartRow]:
+    """Return the held-out loss of each evaluation during training; ``kept`` is 1 for the saved weights' step."""
+    return [
+        {
+            "run": run_label(record),
+            "group": color_groups[record],
+            "step": point.step,
+            "loss": finite_or_none(point.loss),
+            "evaluation seconds": point.seconds,
+            "kept": int(point.step == record.held_out_curve.kept_step),
+        }
+        for record in records
+        if record.held_out_curve is not None
+        for point in record.held_out_curve.points
+    ]
+
+
 def _downsample(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     """Return at most ``MAX_CURVE_POINTS`` means of neighboring values."""
     parts = numpy.array_split(values, min(MAX_CURVE_POINTS, len(values)))

@@ -93,6 +93,21 @@ def _describe_direction(definition: ScoreDefinition) -> str:
     return "" if definition.higher_is_better else "; lower is better"
 
 
+def _forgetting_values(record: RunRecord) -> dict[str, CellValue]:
+    """Return the increase of the loss on the general text, and both losses."""
+    forgetting = record.forgetting
+    return {
+        "forgetting": forgetting.increase if forgetting else None,
+        "general_text_loss_before": forgetting.loss_before if forgetting else None,
+        "general_text_loss_after": forgetting.loss_after if forgetting else None,
+    }
+
+
+def _format_forgetting(record: RunRecord) -> str:
+    increase = record.forgetting.increase if record.forgetting else None
+    return "–" if increase is None else f"{increase:+.3f}"
+
+
 def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
     """Return statistics of the CUDA allocator in the training phase; None on CPU."""
     memory = record.memory.get("train")
@@ -112,6 +127,7 @@ def format_outcome(record: RunRecord) -> str:
 _DROP_ORDER = (
     "trainable %",
     "training cost",
+    "forgetting (nats)",
     "model compute (TFLOP)",
     "% of measured matmul FLOP/s",
     "energy (J / 1k samples)",
@@ -149,6 +165,14 @@ _COLUMNS_BEFORE_SCORES: tuple[Column, ...] = (
 )
 
 _COLUMNS_AFTER_SCORES: tuple[Column, ...] = (
+    Column(
+        "forgetting (nats)",
+        "Loss on the text of evaluate.general_text after the training minus before, in nats per token; above 0, the "
+        "model has become worse on it.",
+        _forgetting_values,
+        _format_forgetting,
+        optional=True,
+    ),
     Column(
         "train time (s)",
         "Seconds of training steps, without the first ones (profile.untimed_steps), loading, tokenization and "
@@ -212,7 +236,8 @@ _COLUMNS_AFTER_SCORES: tuple[Column, ...] = (
     Column(
         "energy (J / 1k samples)",
         "Joules of the training phase per 1,000 training examples: all GPUs of the run (NVML), or the CPU packages "
-        "(RAPL) for runs on CPU, including other processes and the time that experiment trackers take.",
+        "(RAPL) for runs on CPU, including other processes and the time that experiment trackers take, without "
+        "evaluations.",
         lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "train_joules": r.energy_joules},
         lambda r: _text_or_unknown(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,
@@ -257,7 +282,7 @@ def _with_unique_title(metric: QualityMetric, titles: Sequence[str]) -> QualityM
 
 
 def build_drop_order(records: Sequence[RunRecord]) -> list[str]:
-    """Return the titles of the columns to drop on a narrow terminal: first the scores that are no headline metric."""
+    """Return the titles of the columns to drop on a narrow terminal: first the scores other than headline metrics."""
     headlines = list_headline_metrics(records)
     others = [metric.name for metric in list_scores(records) if metric not in headlines]
     return [*reversed(others), *_DROP_ORDER]

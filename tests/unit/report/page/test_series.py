@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from peftbench.record import RunRecord, Throughput, Tokens, TokensPerSecond
+from peftbench.record import HeldOutCurve, HeldOutPoint, RunRecord, Throughput, Tokens, TokensPerSecond
 from peftbench.report.analysis.quality_metrics import HELD_OUT_LOSS, QualityMetric
 from peftbench.report.analysis.run_groups import group_runs
 from peftbench.report.page import series
+from peftbench.report.page.content import build_page_data
 from peftbench.report.page.series import ChartRow, ColorGroups
 from tests.helpers.scores import DEFINITIONS
 from tests.unit.report.records import build_judged_record, build_record, draw_scores
@@ -137,3 +139,41 @@ def test_loss_of_one_seed_has_an_interval_over_examples() -> None:
     assert point["quality"] == pytest.approx(sum(losses) / 400)
     low, high = float(point["low"] or 0), float(point["high"] or 0)
     assert min(losses) / 10 < low < float(point["quality"] or 0) < high < max(losses) / 10
+
+
+def build_curve(*losses: float, kept_step: int | None = None) -> HeldOutCurve:
+    """Return the curve of evaluations after every ten steps."""
+    points = tuple(HeldOutPoint(step=10 * n, loss=loss, seconds=0.5) for n, loss in enumerate(losses, start=1))
+    return HeldOutCurve(split="validation", num_examples=8, points=points, kept_step=kept_step)
+
+
+def test_held_out_curve_marks_the_kept_step() -> None:
+    """A run without evaluations has no row; a loss that is not finite is None."""
+    records = [
+        build_record("a", "full", 1, held_out_curve=build_curve(3.0, math.inf, 2.0, kept_step=30)),
+        build_record("b", "lora", 1),
+    ]
+    rows = series.held_out_curve_rows(records, ColorGroups.from_run_groups(group_runs(records)))
+    assert [(row["step"], row["loss"], row["kept"]) for row in rows] == [(10, 3.0, 0), (20, None, 0), (30, 2.0, 1)]
+    assert {row["run"] for row in rows} == {"a (full)"}
+
+
+def test_held_out_chart_is_on_the_page() -> None:
+    """Its specification is drawn, with a ring only if weights were kept; records without a curve have no chart."""
+    import vl_convert
+
+    records = {
+        Path("a/record.json"): build_record("a", "full", 1, held_out_curve=build_curve(3.0, 2.0, kept_step=20)),
+        Path("b/record.json"): build_record("b", "lora", 1, held_out_curve=build_curve(3.0, 2.5)),
+    }
+    chart = {chart.name: chart for chart in build_page_data(records, "suite", []).all_charts}["held-out"]
+    assert "ring" in chart.caption
+    assert chart.table_rows == [
+        ["a (full)", "10", "3"],
+        ["a (full)", "20", "2"],
+        ["b (lora)", "10", "3"],
+        ["b (lora)", "20", "2.5"],
+    ]
+    assert vl_convert.vegalite_to_svg(chart.spec).count("<path") > 4
+    without = {Path("a/record.json"): build_record("a", "full", 1)}
+    assert "held-out" not in {chart.name for chart in build_page_data(without, "suite", []).all_charts}
