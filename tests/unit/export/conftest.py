@@ -15,6 +15,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lora_conv1d": ("gpt2_tied", {"kind": "lora", "r": 4, "bias": "lora_only"}, {}),
     "dora": ("llama_untied", {"kind": "lora", "r": 4, "use_dora": True, "use_rslora": True}, {}),
     "nf4": ("llama_tied", {"kind": "lora", "r": 4}, {"model": {"quantization": "nf4"}}),
+    "int8": ("llama_tied", {"kind": "lora", "r": 4}, {"model": {"quantization": "int8"}}),
     "full": ("llama_tied", {"kind": "full"}, {}),
     "last_layer": ("gpt2_tied", {"kind": "last_layer"}, {}),
     "prompt_tuning": ("gpt2_tied", {"kind": "prompt_tuning", "num_virtual_tokens": 4}, {}),

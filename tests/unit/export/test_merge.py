@@ -82,16 +82,21 @@ def test_merged_model_is_written_and_checked_in_the_type_asked_for(
     assert 1e-5 < exported.comparison.error < TOLERANCES[dtype] / 2
 
 
-def test_quantized_base_is_dequantized(finished_run: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_quantized_base_is_dequantized(
+    name: str, finished_run: Callable[[str], Path], base_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The merged weights are those that the training used, not those of the unquantized base."""
-    pytest.importorskip("bitsandbytes")
-    run = finished_run("nf4")
+    run = finished_run(name)
     exported = export_model(ExportRequest(run, tmp_path / "merged", merge=True))
     merged = load(exported.folder)
     assert "quantization_config" not in json.loads((exported.folder / "config.json").read_bytes())
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
     assert exported.comparison is not None
     assert exported.comparison.error < 1e-4
+    unquantized = compute_logits(load_adapter(base_folder("llama_tied"), run / "model"))
+    difference = float((compute_logits(merged) - unquantized).norm() / unquantized.norm())
+    assert difference > 100 * exported.comparison.error
 
 
 @pytest.mark.parametrize("name", ["full", "last_layer"])
