@@ -17,7 +17,8 @@
     ├── ModelError                    30   a base model that cannot be used
     │   ├── ModelNotFoundError        31   a base model that was not found, or a file of it that cannot be used
     │   ├── TargetModulesError        32   target modules that match no module
-    │   └── UnsupportedModelError     33   an architecture that a method or recipe key does not support
+    │   ├── UnsupportedModelError     33   an architecture that a method or recipe key does not support
+    │   └── MergeError                34   an adapter that cannot be merged into its base model
     ├── EngineError                   40   the launched engine is not the one the recipe requests
     │   ├── PrecisionError            41   a precision that the device does not support
     │   ├── CombinationError          42   a method, optimizer or precision that the engine does not support
@@ -25,7 +26,8 @@
     │   └── CheckpointError           44   a checkpoint that this launch cannot resume from
     ├── OutputError                   50   a path that cannot be written
     │   ├── DiskFullError             51   no space left, or the quota is exceeded
-    │   └── RunLockedError            52   a run folder in which another process works
+    │   ├── RunLockedError            52   a run folder in which another process works
+    │   └── UploadError               53   an upload that the Hub refused
     ├── RecordError                   60   a record that cannot be read
     ├── MetricError                   65   a metric that cannot be computed: its library is missing, or its code fails
     ├── BudgetError                   80   an invalid budget
@@ -153,6 +155,12 @@ class UnsupportedModelError(ModelError):
     exit_code = 33
 
 
+class MergeError(ModelError):
+    """An adapter that cannot be merged into its base model."""
+
+    exit_code = 34
+
+
 class EngineError(PeftbenchError):
     """The launched engine is not the one the recipe requests, or its accelerate config is not valid."""
 
@@ -199,6 +207,12 @@ class RunLockedError(OutputError):
     """A run folder in which another process works."""
 
     exit_code = 52
+
+
+class UploadError(OutputError):
+    """An upload that the Hub refused."""
+
+    exit_code = 53
 
 
 class RecordError(PeftbenchError):

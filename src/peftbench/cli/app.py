@@ -9,6 +9,7 @@ import typer
 from peftbench.cli.cache import cache
 from peftbench.cli.data import data
 from peftbench.cli.evaluate import evaluate
+from peftbench.cli.export import export
 from peftbench.cli.memory import estimate, fit
 from peftbench.cli.renamed import CommandGroup
 from peftbench.cli.report import compare, report
@@ -44,7 +45,7 @@ def _read_global_options(
     """Accept options without a command."""
 
 
-for _command in (run, train, evaluate, submit, status, estimate, fit, report, compare, show, data, cache):
+for _command in (run, train, evaluate, export, submit, status, estimate, fit, report, compare, show, data, cache):
     app.command(help=TRAIN_HELP if _command is train else None)(_command)
 
 

@@ -6,7 +6,9 @@ its class; no code outside this folder tests which method it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -42,6 +44,9 @@ class Method(ConfigSection):
     """True if the base model's matrices and embeddings stay as loaded, and what is trained is added to them."""
     supports_quantized_base: ClassVar[bool] = False
     """True if the base model may be quantized (``model.quantization``), which needs ``keeps_base_frozen``."""
+
+    merges_into_base: ClassVar[bool] = False
+    """True if the saved adapter can be merged into the base model's weights; False also for a saved whole model."""
 
     kind: str
     """Kind of method."""
@@ -115,7 +120,8 @@ class Method(ConfigSection):
 
     def save(self, model: nn.Module, save_directory: Path) -> None:
         """Save the trained parameters as safetensors in ``save_directory``, in the format of peft or transformers."""
-        model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
+        with _without_config_warning():
+            model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
 
     def load(self, model: nn.Module, save_directory: Path) -> None:
         """Load into the applied model what :meth:`save` wrote, if the method keeps the base model frozen.
@@ -133,7 +139,9 @@ class Method(ConfigSection):
 
         weights = load_peft_weights(str(save_directory), device="cpu")
         set_peft_model_state_dict(model, weights)
-        if difference := sorted(weights.keys() ^ get_peft_model_state_dict(model).keys()):
+        with _without_config_warning():
+            expected = get_peft_model_state_dict(model)
+        if difference := sorted(weights.keys() ^ expected.keys()):
             raise ModelError(
                 f"{save_directory} and this {self.kind} have different weights: only one of them has {difference[0]}",
                 "train again",
@@ -150,6 +158,14 @@ class Method(ConfigSection):
         ``read_training_targets`` reads the targets of the training split.
         """
         raise TypeError(f"{type(self).__name__} predicts with a model")
+
+
+@contextmanager
+def _without_config_warning() -> Iterator[None]:
+    """Hide peft's warning that the folder of a run, as a base model, has no config.json with the vocabulary's size."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        yield
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:

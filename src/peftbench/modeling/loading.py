@@ -1,11 +1,11 @@
-"""Load the base model: from the Hub, a local folder, the shipped model, or random weights from a config."""
+"""Load the base model: from the Hub, a folder, a run, a GGUF file, the shipped model, or random weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,15 @@ from peftbench.modeling.causal_config import is_part_of_multimodal, select_causa
 from peftbench.modeling.config_faults import build_config_error, config_faults, describe_fault, find_size_fault
 from peftbench.modeling.dropout import find_remaining_dropout, set_dropout
 from peftbench.modeling.generation import repair_generation_config
+from peftbench.modeling.gguf_file import (
+    build_gguf_arguments,
+    check_gguf_file,
+    compute_file_hash,
+    describe_conversion,
+    is_gguf_path,
+    remove_gguf_marks,
+    split_gguf_path,
+)
 from peftbench.modeling.load_checks import (
     check_all_used,
     check_finite,
@@ -45,6 +54,7 @@ from peftbench.modeling.quantization import (
     convert_unquantized_to_float32,
     disable_cpu_repacking,
 )
+from peftbench.modeling.run_base import RunBase, find_run_base, merge_adapter, name_by_run
 from peftbench.modeling.weight_files import check_weight_files
 
 if TYPE_CHECKING:
@@ -53,6 +63,7 @@ if TYPE_CHECKING:
 
     from peftbench.recipe.schema import Model
 
+_GGUF_HINT = "download it again, or set model.path to a copy of the model in safetensors"
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
 _NEUTRAL_CONFIG_KEYS = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 """Keys of config.json that change no number of a run: it has dtypes and caching of its own."""
@@ -89,8 +100,13 @@ def load_config(model_config: Model) -> PreTrainedConfig:
         UnsupportedModelError: the model is not a causal language model, or contains one that transformers cannot load
             on its own.
     """
+    if (run := find_run_base(model_config)) is not None:
+        return load_config(run.select_weights(model_config))
     path = resolve_model_path(model_config)
-    check_model_folder(path)
+    if is_gguf_path(path):
+        check_gguf_file(model_config, path)
+    else:
+        check_model_folder(path)
     config = _read_config(model_config, path)
     if fault := find_size_fault(config):
         raise build_config_error(path, fault)
@@ -104,15 +120,18 @@ def load_config(model_config: Model) -> PreTrainedConfig:
 def _read_config(model_config: Model, path: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
+    location, gguf = split_gguf_path(path)
     try:
         config = AutoConfig.from_pretrained(
-            path, revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
+            location, revision=model_config.revision, trust_remote_code=model_config.trust_remote_code, **gguf
         )
+        vars(config).pop("_model_name_or_path", None)  # a title in the metadata of a GGUF file
         return select_causal_config(config)
     except PeftbenchError:
         raise
     except Exception as error:  # any value of the file may be wrong, in any architecture
-        if not Path(path).is_dir() and (isinstance(error, (OSError, ValueError)) or _is_connection_error(error)):
+        is_hub_error = isinstance(error, (OSError, ValueError)) or _is_connection_error(error)
+        if gguf or (not Path(path).is_dir() and is_hub_error):
             raise _translate_error(model_config, "config", error) from error
         raise build_config_error(path, describe_fault(error, read_config_file(path))) from error
 
@@ -121,13 +140,18 @@ def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
     """Load the base model's tokenizer."""
     from transformers import AutoTokenizer
 
+    if (run := find_run_base(model_config)) is not None:
+        return load_tokenizer(run.select_weights(model_config))
     path = model_config.tokenizer or resolve_model_path(model_config)
-    check_tokenizer_folder(path)
+    location, gguf = (path, {}) if model_config.tokenizer else split_gguf_path(path)
+    if not gguf:
+        check_tokenizer_folder(path)
     try:
         return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
-            path,
+            location,
             revision=None if model_config.tokenizer else model_config.revision,
             trust_remote_code=model_config.trust_remote_code,
+            **gguf,
         )
     except Exception as error:  # tokenizers raises Exception itself; any part of the files may be wrong
         if fault := find_tokenizer_fault(path):
@@ -144,7 +168,10 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
         ModelNotFoundError: no usable model at that path; the message lists what was tried.
         HubUnreachableError: the Hub did not answer and the cache has no copy.
         UnsupportedModelError: the attention implementation is not installed, or the model is not a causal LM.
+        MergeError: the path is a run whose adapter cannot be merged in memory.
     """
+    if (run := find_run_base(model_config)) is not None:
+        return _add_training(load_model(run.select_weights(model_config), compute_dtype), run)
     if model_config.revision is not None and Path(resolve_model_path(model_config)).is_dir():
         raise OutOfRangeError(
             f"model.revision={model_config.revision!r} applies to Hub models, but {resolve_model_path(model_config)} "
@@ -167,6 +194,8 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
         find_remaining_dropout(model, model_config.dropout),
         repair_generation_config(model),
     ]
+    if is_gguf_path(resolve_model_path(model_config)) and model_config.init == "pretrained":
+        notes.append(describe_conversion(resolve_model_path(model_config)))
     return LoadedModel(
         model,
         tokenizer,
@@ -174,6 +203,21 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
         compute_config_fingerprint(model_config),
         tuple(note for note in notes if note is not None),
     )
+
+
+def _add_training(base: LoadedModel, run: RunBase) -> LoadedModel:
+    """Return the trained model of ``run``, whose weights or whose adapter's base were loaded as ``base``.
+
+    Raises:
+        ModelError: the adapter's base has changed since the run.
+    """
+    loaded = base
+    if run.has_adapter:
+        run.check_base(base.fingerprint, base.config_fingerprint)
+        fingerprint = run.extend_fingerprint(base.fingerprint)
+        loaded = replace(base, model=merge_adapter(base.model, run), fingerprint=fingerprint)
+        name_by_run(loaded.model, run)
+    return replace(loaded, notes=(*base.notes, run.describe()))
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:
@@ -215,6 +259,7 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
     is_stored_quantized = hasattr(config, "quantization_config")
     quantization = build_quantization_config(model_config, config, compute_dtype or torch.float32)
     path = resolve_model_path(model_config)
+    location, gguf = _get_weights_location(path)
     try:
         if model_config.init == "random":
             return build_from_config(model_config, config)
@@ -223,15 +268,17 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
             config.quantization_config = quantization.to_dict()
         with config_faults(path, config, trust_remote_code=model_config.trust_remote_code):
             loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-                path,
+                location,
                 config=config,
                 revision=model_config.revision,
                 use_safetensors=True,
                 output_loading_info=True,
-                quantization_config=None if is_stored_quantized else quantization,
+                **{"quantization_config": None if is_stored_quantized else quantization} | gguf,
                 **common,
             )
         model, report = loaded
+        if gguf:
+            remove_gguf_marks(model, path)
         if is_stored_quantized:
             convert_unquantized_to_float32(model)
         if is_stored_quantized or quantization is not None:
@@ -259,6 +306,12 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
     return model
 
 
+def _get_weights_location(path: str) -> tuple[str, dict[str, Any]]:
+    """Return where transformers loads weights from, and the arguments that a GGUF file needs, empty for others."""
+    location, gguf = split_gguf_path(path)
+    return location, gguf | build_gguf_arguments() if gguf else {}
+
+
 def read_base_fingerprint(model_config: Model) -> str:
     """Return the fingerprint that the loaded base model would have, without loading its weights.
 
@@ -272,6 +325,11 @@ def compute_model_fingerprint(config: PreTrainedConfig, model_config: Model) -> 
     """Return what is loaded: the Hub commit, the hash of a folder's weights, or "random weights"."""
     if model_config.init == "random":
         return "random weights"
+    if (run := find_run_base(model_config)) is not None:
+        fingerprint = compute_model_fingerprint(config, run.select_weights(model_config))
+        return run.extend_fingerprint(fingerprint) if run.has_adapter else fingerprint
+    if is_gguf_path(resolve_model_path(model_config)):
+        return f"blake2b {compute_file_hash(Path(resolve_model_path(model_config)))}"
     commit = getattr(config, "_commit_hash", None)
     if commit:
         return f"commit {commit}"
@@ -283,6 +341,8 @@ def compute_model_fingerprint(config: PreTrainedConfig, model_config: Model) -> 
 
 def compute_config_fingerprint(model_config: Model) -> str | None:
     """Return the hash of the values in a local folder's config.json that can change a number; None without one."""
+    if (run := find_run_base(model_config)) is not None:
+        return compute_config_fingerprint(run.select_weights(model_config))
     content = read_config_file(resolve_model_path(model_config))
     if not content:
         return None
@@ -311,6 +371,8 @@ def _translate_error(model_config: Model, component: str, error: Exception) -> M
         if component == "tokenizer" and model_config.tokenizer
         else resolve_model_path(model_config)
     )
+    if is_gguf_path(path):
+        return ModelNotFoundError(f"the GGUF file {path} has no usable {component}: {_shorten(error)}", _GGUF_HINT)
     if Path(path).is_dir():
         if component == "weights":
             hint = "put model.safetensors there, or set model.init=random for random weights"

@@ -10,6 +10,7 @@ from typing import Any
 
 from peftbench.common.units import format_bytes
 from peftbench.errors import ModelNotFoundError
+from peftbench.record import RECORD_FILE
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -132,6 +133,8 @@ def _build_adapter_error(folder: Path, key: str) -> ModelNotFoundError:
     except (OSError, ValueError, AttributeError):
         base = None
     hint = f"set {key}={base}, the adapter's base model" if base else f"set {key} to the adapter's base model"
+    if (folder.parent / RECORD_FILE).is_file():
+        hint += f", or {key}={folder.parent}, the run, to start from both merged"
     return ModelNotFoundError(
         f"the folder {folder} has an adapter ({ADAPTER_CONFIG_FILE}), and peftbench starts from base models", hint
     )
@@ -142,6 +145,8 @@ def _suggest_folder(folder: Path, names: list[str], key: str) -> str:
     inner = sorted([*folder.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"snapshots/*/{CONFIG_FILE}")])
     if inner:
         return f"set {key}={inner[0].parent}, which has one"
+    if gguf := next((name for name in names if name.lower().endswith(".gguf")), None):
+        return f"set {key}={folder / gguf}, the GGUF file in it"
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"it has {listed}; set {key} to the folder of a model ({FOLDER_CONTENT})"
 

@@ -129,6 +129,10 @@ def _build_missing_error(folder: Path) -> ModelNotFoundError:
             f"convert them: {command}",
         )
     others = [file for pattern in _OTHER_PATTERNS for file in sorted(folder.glob(pattern))]
+    if others and others[0].suffix == ".gguf":
+        return ModelNotFoundError(
+            f"the folder {folder} has its weights in {others[0].name}", f"set model.path={others[0]}, the GGUF file"
+        )
     if others:
         return ModelNotFoundError(
             f"the folder {folder} has its weights in {others[0].name}, but peftbench reads safetensors only",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -42,7 +43,7 @@ class Model(ConfigSection):
     """Base model that every method starts from."""
 
     path: PathText = "shipped"
-    """Local folder, model name on the Hub, or "shipped" for the small base model included in peftbench."""
+    """Local folder, folder of a finished run, GGUF file, name on the Hub, or "shipped" for the bundled model."""
     tokenizer: PathText | None = None
     """Local folder or Hub name of the tokenizer; null: the model's own."""
     revision: str | None = None
@@ -347,6 +348,14 @@ class Recipe(ConfigSection):
                 f"has {len(value)} characters, and the name of a folder may have {MAX_NAME_LENGTH}; shorten it"
             )
         return value
+
+    @model_validator(mode="after")
+    def _check_base_is_another_folder(self) -> Recipe:
+        if Path(self.model.path).absolute() == (Path(self.output_dir) / self.name).absolute():
+            raise ValueError(
+                f"model.path={self.model.path} is the folder that this run writes to; give the run another name"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from peftbench.common.text import INTERPOLATION_PREFIX, escape_interpolation
@@ -35,18 +35,26 @@ def reproduce_commands(record: RunRecord, record_path: Path) -> list[str]:
     script, source = _select_save_script(record), str(_relative_to_cwd(record_path))
     lines = [shlex.join(["python", "-X", "utf8", "-c", script, source, recipe])]
     if record.git_commit is not None:
-        lines.append(_checkout_command(record.git_commit))
+        lines.append(build_checkout_command(record.git_commit))
     lines.append("pip install -c constraints.txt -e .")
-    config = ["--config", recipe, f"output_dir={_rerun_output_dir(record)}"]
+    return [*lines, *build_launch_commands(record, ["--config", recipe, f"output_dir={_rerun_output_dir(record)}"])]
+
+
+def build_launch_commands(record: RunRecord, arguments: Sequence[str]) -> list[str]:
+    """Return the command that trains with the run's engine and number of processes, for a checkout of peftbench.
+
+    ``arguments`` name the recipe. A comment comes first if the record does not name the launcher.
+    """
     engine = record.engine.name if record.engine else None
     processes = record.device.num_processes
+    lines = []
     if engine is None and processes > 1:
         lines.append(f"# the run used {processes} processes; the record does not name the launcher")
     if engine in {None, "single"}:
-        return [*lines, shlex.join(["python", "launch/train.py", *config])]
+        return [*lines, shlex.join(["python", "launch/train.py", *arguments])]
     config_file = "cpu2" if record.device.type == "cpu" and engine == "ddp" else engine
     launcher = ["accelerate", "launch", "--config_file", f"accel_configs/{config_file}.yaml"]
-    return [*lines, shlex.join([*launcher, "--num_processes", str(processes), "launch/train.py", *config])]
+    return [*lines, shlex.join([*launcher, "--num_processes", str(processes), "launch/train.py", *arguments])]
 
 
 def build_fitting_command(record: RunRecord) -> str | None:
@@ -64,7 +72,7 @@ def build_fitting_command(record: RunRecord) -> str | None:
     return shlex.join(["peftbench", *target, *outcome.suggested_overrides])
 
 
-def _checkout_command(git_commit: str) -> str:
+def build_checkout_command(git_commit: str) -> str:
     """Return the checkout command. A record may come from anyone, so only a hexadecimal hash is accepted."""
     commit, *changes = git_commit.split("+")
     if not re.fullmatch(r"[0-9a-f]{4,64}", commit):

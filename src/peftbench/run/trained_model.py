@@ -18,6 +18,7 @@ from peftbench.distributed.deepspeed import get_full_shape
 from peftbench.distributed.sharding import full_weights
 from peftbench.errors import DiskFullError, RecordError
 from peftbench.modeling.loading import compute_config_fingerprint, read_base_fingerprint
+from peftbench.modeling.saved_tokenizer import save_tokenizer
 from peftbench.record import RunRecord, read_record
 from peftbench.run_dir.saved_model import TrainingIdentity, describes_model, read_training_identity
 from peftbench.training.build import load_trained_base_model
@@ -68,7 +69,9 @@ def _write_model(state: RunState, adapted_model: AdaptedModel) -> None:
     try:
         shutil.rmtree(partial_dir, ignore_errors=True)  # of a run that was killed
         state.recipe.method.save(adapted_model.model, partial_dir)
-        adapted_model.base.tokenizer.save_pretrained(partial_dir)
+        adapted_model.base.model.generation_config.save_pretrained(partial_dir)  # an adapter has none of its own
+        tokenizer = adapted_model.base.tokenizer
+        save_tokenizer(tokenizer, state.recipe.task.find_chat_template(tokenizer), partial_dir)
         _build_training_identity(state, adapted_model).write(partial_dir)
         _replace_folder(model_dir, partial_dir)
     except BaseException as error:  # after an interrupt too, no partial model is left

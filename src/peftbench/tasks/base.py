@@ -78,6 +78,14 @@ class Task(ConfigSection):
         """
         return PlainRenderer(self, tokenizer)
 
+    def find_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Return the chat template that the recipe names, None if it names none or the task has no chats.
+
+        Raises:
+            PeftbenchError: it cannot be read.
+        """
+        return None
+
     def label_reference(self) -> Task:
         """Return the task with labels for the reference alone, so that they start where the prompt ends."""
         return self

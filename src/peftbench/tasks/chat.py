@@ -58,6 +58,9 @@ class Chat(Task):
     def build_renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         return ChatRenderer(tokenizer, read_template(self.chat_template, tokenizer), self.labels)
 
+    def find_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        return None if self.chat_template is None else read_template(self.chat_template, tokenizer)
+
     def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
         messages = json.loads(example["messages"])
         num_leading = next((index for index, one in enumerate(messages) if one["role"] in {"user", "assistant"}), 0)

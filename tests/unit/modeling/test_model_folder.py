@@ -149,7 +149,7 @@ DAMAGES = CONFIG_DAMAGES | {
         r"weights in pytorch_model\.bin, .*convert them: python -c .*save_pretrained",
     ),
     "pickled shard": (_pickle("pytorch_model-00001-of-00001.bin"), r"weights in pytorch_model-00001-of-00001\.bin"),
-    "gguf": (_rename("model-q4.gguf"), r"weights in model-q4\.gguf, but peftbench reads safetensors only"),
+    "gguf": (_rename("model-q4.gguf"), r"weights in model-q4\.gguf; set model\.path=.*model-q4\.gguf, the GGUF file"),
     "other name": (_rename("weights.safetensors"), r"has weights\.safetensors, but no model\.safetensors; rename it"),
     "shard without index": (
         _rename("model-00001-of-00002.safetensors"),
