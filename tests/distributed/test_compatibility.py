@@ -19,6 +19,7 @@ from peftbench.distributed.compatibility import (
     CHECKPOINTING,
     COMPILE,
     FEATURE_CACHE,
+    FROZEN_DTYPES,
     LIGER,
     MICRO_BATCH_TOKENS,
     OPTIONAL_FEATURES,
@@ -161,7 +162,10 @@ def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch:
             "activation_offloading": ACTIVATION_OFFLOAD in point.optional_features,
             "feature_cache": "fp32" if FEATURE_CACHE in point.optional_features else None,
         },
-        model={"quantization": "nf4" if QUANTIZATION in point.optional_features else None},
+        model={
+            "quantization": "nf4" if QUANTIZATION in point.optional_features else None,
+            "dtype": next((dtype for dtype, name in FROZEN_DTYPES.items() if name in point.optional_features), "auto"),
+        },
         checkpoint={"interval": 2 if CHECKPOINTING in point.optional_features else None},
     )
     with pytest.raises(CombinationError) as raised:

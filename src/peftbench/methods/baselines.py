@@ -35,6 +35,7 @@ class Lead(Method):
 
     is_trainable: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    freezes_weights: ClassVar[bool] = False
 
     kind: Literal["lead"] = "lead"
     """Kind of method."""

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from peftbench.common.fingerprint import add_neutral_keys
 from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import escape_interpolation, expand_home
@@ -169,7 +170,8 @@ def _read_recipe_from_record(path: Path) -> DictConfig | None:
     if not is_record:
         return None
     recipe = upgrade_recipe(values["recipe"]) if values.get("schema_version") == 1 else values["recipe"]
-    return OmegaConf.create({key: _escape_interpolations(value) for key, value in recipe.items()})
+    recorded = add_neutral_keys(recipe)
+    return OmegaConf.create({key: _escape_interpolations(value) for key, value in recorded.items()})
 
 
 def _parse_overrides(overrides: Sequence[str]) -> Layer:

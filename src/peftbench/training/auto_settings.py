@@ -1,8 +1,8 @@
 """Resolve the recipe keys that depend on the device or the model's folder before a run or plan starts.
 
-``train.precision=auto`` and ``model.attention=auto`` depend on the device. ``model.quantization`` becomes the kind of
-weights that were saved quantized. ``train.micro_batch_size=auto`` depends on the memory estimate too and is resolved in
-``run/oom.py``.
+``train.precision=auto`` and ``model.attention=auto`` depend on the device, and ``model.dtype=auto`` follows the
+precision. ``model.quantization`` becomes the kind of weights that were saved quantized. ``train.micro_batch_size=auto``
+depends on the memory estimate too and is resolved in ``run/oom.py``.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def resolve_auto_settings(
         precision, reason = resolve_precision(recipe, engine, device)
         recipe = with_precision(recipe, precision)
         choices.append(f"train.precision is {precision} ({reason})")
+    recipe = recipe.with_resolved_dtype()
     if not recipe.method.needs_model:
         return recipe, [f"auto: {choices[0]}"] if choices else []
     model_config = local_model or recipe.model
