@@ -1,6 +1,6 @@
 """Run a suite in one process, which starts torch once: many short runs on a CPU take mostly that long otherwise.
 
-Run: python benchmarks/frozen_dtype/measure.py benchmarks/frozen_dtype/smollm2.yaml --model FOLDER
+Run: python benchmarks/frozen_dtype/one_process.py benchmarks/frozen_dtype/smollm2.yaml --model FOLDER
 Runs that have a record are skipped.
 """
 
