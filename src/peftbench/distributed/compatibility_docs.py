@@ -134,6 +134,11 @@ Reasons:
 All other optimizers compute their documented update on every engine. These approximate it:
 
 {approximations}
+
+## Frozen weights in 16 bits
+
+With `model.dtype` in 16 bits, the default under bf16 and fp16, frozen weights and the hidden states between layers are
+rounded. [Precision](../concepts/precision.md) has the measured change of the held-out loss.
 """
 
 
