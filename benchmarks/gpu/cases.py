@@ -115,7 +115,7 @@ def iter_method_cases(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[
             Recipe(
                 name=f"{model}_{method.kind}_{precision}" + "_checkpointing" * checkpointing,
                 output_dir=folder,
-                model=Model(path=model, init="random", attention="sdpa"),
+                model=Model(path=model, init="random", attention="sdpa", dtype="fp32"),
                 method=method,
                 data=Data(source=size.source, max_length=size.width, padding="max_length"),
                 train=Train(
@@ -142,7 +142,13 @@ def iter_ladder_cases(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[
                 Recipe(
                     name=f"{model}_{index}_{step}",
                     output_dir=folder,
-                    model=Model(path=model, init="random", attention="sdpa", fused_gelu=settings["fused_gelu"]),
+                    model=Model(
+                        path=model,
+                        init="random",
+                        attention="sdpa",
+                        fused_gelu=settings["fused_gelu"],
+                        dtype="fp32",
+                    ),
                     method=Full(),
                     data=Data(source=size.source, max_length=size.width, padding="max_length"),
                     optimizer=OPTIMIZERS[settings["optimizer"]](kind=settings["optimizer"]),

@@ -66,7 +66,7 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
     return Recipe(
         name=CASES[job.case].method,
         output_dir=folder,
-        model=Model(path=job.base, dropout=spec.dropout),
+        model=Model(path=job.base, dropout=spec.dropout, dtype="fp32"),  # the peers' base
         method=method_of(job),
         task=TASK,
         data=Data(source=Files(train=job.train), max_length=positions - spec.num_virtual_tokens),

@@ -186,7 +186,7 @@ def _load_existing_result(recipe: Recipe) -> RunRecord | None:
         except (ModelError, HubUnreachableError):  # the model is not needed for a result that exists
             if recipe.has_auto_settings:
                 raise
-            resolved = recipe
+            resolved = recipe.with_resolved_dtype()
         return load_existing_result(resolved)
 
 

@@ -38,6 +38,7 @@ UNTRAINED = "untrained"
 """Name in place of an optimizer's: SGD with a learning rate so small that the weights do not change."""
 RESUMED = "-resumed"
 LINEAR = torch.nn.functional.linear
+_running: list[Combination] = []
 METHOD_KEYS: dict[str, dict[str, object]] = {"lora": {"r": 4}, "prompt_tuning": {"num_virtual_tokens": 5}}
 LEARNING_RATES = {
     "sgd": 0.3,
@@ -80,12 +81,24 @@ def build_recipe(point: Combination, base: str, data: str, folder: Path) -> Reci
     )
 
 
+def describe_dtypes(model: torch.nn.Module) -> str:
+    """Return the types of frozen and of trained weights and of buffers, as the engine holds them between steps."""
+    weights = [(p.requires_grad, getattr(p, "ds_tensor", p).dtype) for p in model.parameters()]
+    names = {
+        "frozen": {dtype for is_trained, dtype in weights if not is_trained},
+        "trained": {dtype for is_trained, dtype in weights if is_trained},
+    }
+    return " ".join(f"{name}={','.join(sorted(map(str, dtypes)))}" for name, dtypes in names.items())
+
+
 def record_weight_digests(folder: Path, engine: str) -> None:
-    """Make every process append the hash of its weights to a file after each training, if it holds full weights."""
+    """Make every process append the types of its weights, and their hash if it holds full ones, after each training."""
 
     def hash_and_gather(
         kind: EngineKind, model: torch.nn.Module, *, on_this_rank: bool
     ) -> contextlib.AbstractContextManager[None]:
+        with (folder / engine / f"dtypes-{os.environ.get('RANK', '0')}").open("a", encoding="utf-8") as file:
+            file.write(f"{_running[-1].name} {describe_dtypes(model)}\n")
         if not kind.shards_weights:
             digest = hashlib.blake2b(digest_size=16)
             for parameter in model.parameters():
@@ -130,6 +143,7 @@ def run_combination(folder: Path, base: str, data: str, point: Combination) -> N
     """Run one combination, then once more with a stop and a resume. Write the traceback of a failure."""
     run_fresh_process()
     recipe = build_recipe(point, base, data, folder)
+    _running.append(point)
     try:
         Run(recipe).execute()
         if point.optimizer != UNTRAINED and not ENGINES[point.engine].offloads_to_nvme:

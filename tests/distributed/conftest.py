@@ -37,7 +37,8 @@ def run_engine(folders: tuple[Path, Path, Path], request: pytest.FixtureRequest)
                 names = {point.name for point in selected if point.optimizer != "deepspeed_cpu_adam"}
                 names |= {p.name.replace("deepspeed_cpu_adam", "adamw") for p in selected}
                 points = [p for p in list_runnable("single") if p.name in names]
-                points += [Combination(method, "single", UNTRAINED, "fp32") for method in {p.method for p in selected}]
+                pairs = sorted({(p.method, p.precision) for p in selected})  # a saved base has the precision's type
+                points += [Combination(method, "single", UNTRAINED, precision) for method, precision in pairs]
             launch_battery(engine, points, *folders)
         return folders[0] / engine
 

@@ -19,6 +19,7 @@ from peftbench.distributed.compatibility import (
     CHECKPOINTING,
     COMPILE,
     FEATURE_CACHE,
+    FROZEN_DTYPES,
     LIGER,
     MICRO_BATCH_TOKENS,
     OPTIONAL_FEATURES,
@@ -161,7 +162,10 @@ def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch:
             "activation_offloading": ACTIVATION_OFFLOAD in point.optional_features,
             "feature_cache": "fp32" if FEATURE_CACHE in point.optional_features else None,
         },
-        model={"quantization": "nf4" if QUANTIZATION in point.optional_features else None},
+        model={
+            "quantization": "nf4" if QUANTIZATION in point.optional_features else None,
+            "dtype": next((dtype for dtype, name in FROZEN_DTYPES.items() if name in point.optional_features), "auto"),
+        },
         checkpoint={"interval": 2 if CHECKPOINTING in point.optional_features else None},
     )
     with pytest.raises(CombinationError) as raised:
@@ -215,7 +219,7 @@ def assert_matches_one_process(point: Combination, run_engine: RunEngine) -> Non
     assert len(record.state_bytes_by_rank) == (0 if ENGINES[point.engine].offloads_to_nvme else 2)
     for states in record.state_bytes_by_rank:
         assert states.expected_optimizer == states.optimizer + states.cpu_offloaded
-    untrained = run_engine("single") / f"{point.method}-{UNTRAINED}-fp32"
+    untrained = run_engine("single") / f"{point.method}-{UNTRAINED}-{point.precision}"
     weight_difference = _distance(folder, single_folder) / _distance(single_folder, untrained)
     loss_difference = max(abs(a / b - 1) for a, b in zip(record.step_losses, single.step_losses, strict=True))
     allowed_weights = weight_tolerance(point)
@@ -232,9 +236,20 @@ def assert_matches_one_process(point: Combination, run_engine: RunEngine) -> Non
         first, second = ((folder.parent / f"weights-{rank}").read_text(encoding="utf-8") for rank in (0, 1))
         assert first == second  # digests of rank 0 and rank 1 after each run of the engine
         assert first
+    _assert_dtypes(point, folder)
     if ENGINES[point.engine].zero_stage == 3 and point.method == "full":
         loaded = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in _load_weights(folder).items())
+
+
+def _assert_dtypes(point: Combination, folder: Path) -> None:
+    """Check that the engine held frozen weights in the type of the precision, and trained ones in float32."""
+    dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[point.precision]
+    expected = f"frozen={dtype if METHODS[point.method].freezes_weights else ''} trained=torch.float32"
+    for rank in (0, 1):
+        lines = (folder.parent / f"dtypes-{rank}").read_text(encoding="utf-8").splitlines()
+        recorded = {line.removeprefix(f"{point.name} ") for line in lines if line.startswith(f"{point.name} ")}
+        assert recorded == {expected}
 
 
 def _skip_without_libaio() -> None:

@@ -29,6 +29,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "evaluate.general_text": None,
     "profile.price_per_hour": ANY_VALUE,
     "budget": {"memory": None},
+    "model.dtype": "fp32",
     "train.feature_cache": None,
     "train.repeat_examples": False,
     "evaluate.metrics": None,
@@ -72,6 +73,19 @@ def drop_neutral_keys(recipe: Mapping[str, Any], neutral: Mapping[str, Any] = NE
             section = section[parent]
         if key in section and (value is ANY_VALUE or section[key] == value):
             del section[key]
+    return values
+
+
+def add_neutral_keys(recipe: Mapping[str, Any], neutral: Mapping[str, Any] = NEUTRAL_VALUES) -> dict[str, Any]:
+    """Return a copy of a recorded recipe with the neutral value of each key that did not exist when it ran.
+
+    A key's default may be another value, and the recorded run must keep its own.
+    """
+    values = dict(recipe)
+    for dotted, value in neutral.items():
+        section, _, key = dotted.rpartition(".")
+        if value is not ANY_VALUE and section in values and isinstance(values[section], Mapping):
+            values[section] = {key: value} | dict(values[section])
     return values
 
 

@@ -26,6 +26,7 @@ from peftbench.distributed.compatibility import (
     CHECKPOINTING,
     COMPILE,
     FEATURE_CACHE,
+    FROZEN_DTYPES,
     LIGER,
     MICRO_BATCH_TOKENS,
     QUANTIZATION,
@@ -163,9 +164,11 @@ def build_combination(recipe: Recipe, engine: EngineKind) -> Combination:
         LIGER: recipe.train.cross_entropy == "liger",
         FEATURE_CACHE: recipe.train.feature_cache is not None,
     }
-    features = frozenset(feature for feature, used in is_used.items() if used)
+    features = {feature for feature, used in is_used.items() if used}
+    if recipe.method.freezes_weights and (frozen := FROZEN_DTYPES.get(recipe.model.dtype)):
+        features.add(frozen)
     return Combination(
-        recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.resolved_precision, features
+        recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.resolved_precision, frozenset(features)
     )
 
 

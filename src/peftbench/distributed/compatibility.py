@@ -21,6 +21,7 @@ ACCEL_CONFIG_DIR = "accel_configs/"
 QUANTIZATION, CHECKPOINTING, ACTIVATION_OFFLOAD = "quantization", "checkpointing", "activation_offloading"
 MICRO_BATCH_TOKENS, COMPILE, LIGER = "micro_batch_tokens", "compile", "liger"
 FEATURE_CACHE = "feature_cache"
+FROZEN_BF16, FROZEN_FP16 = "frozen_bf16", "frozen_fp16"
 OPTIONAL_FEATURES = {
     ACTIVATION_OFFLOAD: ("train.activation_offloading", "false"),
     CHECKPOINTING: ("checkpoint.interval", "null"),
@@ -29,8 +30,12 @@ OPTIONAL_FEATURES = {
     MICRO_BATCH_TOKENS: ("train.micro_batch_tokens", "null"),
     QUANTIZATION: ("model.quantization", "null"),
     FEATURE_CACHE: ("train.feature_cache", "null"),
+    FROZEN_BF16: ("model.dtype", "auto"),
+    FROZEN_FP16: ("model.dtype", "auto"),
 }
 """Optional features of a recipe: the key of each, and the value that disables it."""
+FROZEN_DTYPES = {"bf16": FROZEN_BF16, "fp16": FROZEN_FP16}
+"""The feature of each 16-bit type in which frozen weights may be held."""
 
 
 def _engines(condition: Callable[[EngineKind], bool]) -> frozenset[str]:
@@ -65,6 +70,7 @@ _SHARDED_ENGINES = _engines(lambda engine: engine.shards_weights)
 _NVME_ENGINES = _engines(lambda engine: engine.offloads_to_nvme)
 _STOCHASTIC_ROUNDING_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.weight_dtype == "bf16")
 _PAGED_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.is_paged)
+_FREEZING_METHODS = frozenset(name for name, method in METHODS.items() if method.freezes_weights)
 _QUANTIZABLE_METHODS = frozenset(name for name, method in METHODS.items() if method.supports_quantized_base)
 
 
@@ -82,6 +88,12 @@ class Combination:
     def name(self) -> str:
         """Name of method, optimizer and precision, valid as a folder's name."""
         return f"{self.method}-{self.optimizer}-{self.precision}"
+
+
+def name_feature(feature: str) -> str:
+    """Return the recipe key of an optional feature, with its value if another value of the key is another feature."""
+    value = next((f"={dtype}" for dtype, name in FROZEN_DTYPES.items() if name == feature), "")
+    return OPTIONAL_FEATURES[feature][0] + value
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ class Rule:
             if allowed is not None
         ]
         if self.optional_feature:
-            values.append(OPTIONAL_FEATURES[self.optional_feature][0])
+            values.append(name_feature(self.optional_feature))
         engine = "a single process" if combination.engine == "single" else combination.engine
         places = [f" with {engine}"] if self.engines is not None else []
         places += [" on CPU" if device == "cpu" else " on a GPU"] if self.devices is not None else []
@@ -200,6 +212,15 @@ RULES = (
         "DeepSpeed's fp16 keeps the weights in fp16, and the recipe's fp16 keeps them in float32",
         engines=_DEEPSPEED_ENGINES,
         precisions=frozenset({"fp16"}),
+    ),
+    *(
+        Rule(
+            f"weights frozen in {dtype} are multiplied in {dtype}, so that train.precision must be {dtype} too",
+            precisions=frozenset(PRECISIONS) - {dtype},
+            methods=_FREEZING_METHODS,
+            optional_feature=feature,
+        )
+        for dtype, feature in FROZEN_DTYPES.items()
     ),
     *(
         Rule(limitation, optional_feature=QUANTIZATION, methods=methods)

@@ -15,6 +15,7 @@ from peftbench.distributed.compatibility import (
     find_blocking_rule,
     find_nearest_supported,
     iter_combinations,
+    name_feature,
 )
 from peftbench.distributed.engines import ENGINES
 from peftbench.methods import METHODS
@@ -31,8 +32,11 @@ def render_markdown() -> str:
         for optimizer in OPTIMIZERS
     ]
     features = [
-        {"key": f"`{key}`", **{engine: _render_optional_feature_cell(engine, feature, footnotes) for engine in ENGINES}}
-        for feature, (key, _) in OPTIONAL_FEATURES.items()
+        {
+            "key": f"`{name_feature(feature)}`",
+            **{engine: _render_optional_feature_cell(engine, feature, footnotes) for engine in ENGINES},
+        }
+        for feature in OPTIONAL_FEATURES
     ]
     reasons = "\n".join(
         f"{index}. {_capitalize(rule.reason)}. {_describe_common_alternatives(rule)}"
@@ -130,6 +134,11 @@ Reasons:
 All other optimizers compute their documented update on every engine. These approximate it:
 
 {approximations}
+
+## Frozen weights in 16 bits
+
+With `model.dtype` in 16 bits, the default under bf16 and fp16, frozen weights and the hidden states between layers are
+rounded. [Precision](../concepts/precision.md) has the measured change of the held-out loss.
 """
 
 

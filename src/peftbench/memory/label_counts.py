@@ -41,7 +41,7 @@ def count_labeled_tokens(recipe: Recipe, sequence_length: int) -> LabelCount:
 
 def _find_most_labels(recipe: Recipe) -> int | None:
     """Return the most labeled tokens of an example, None if the data or the tokenizer cannot be read here."""
-    if recipe.task.kind == "auto" or not recipe.data.source.is_local:
+    if not recipe.task.is_resolved or not recipe.data.source.is_local:
         return None
     with with_bundled_config(recipe.model) as model:
         if model is not recipe.model:  # only the config is bundled

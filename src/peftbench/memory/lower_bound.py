@@ -48,7 +48,7 @@ def measure_tensors(recipe: Recipe) -> TensorSizes:
     Raises:
         ModelError: the architecture is unknown, or the method does not support it.
     """
-    key = tuple(part.model_dump_json() for part in (recipe.model, recipe.method, recipe.optimizer))
+    key = (recipe.frozen_dtype, *(part.model_dump_json() for part in (recipe.model, recipe.method, recipe.optimizer)))
     if key not in _sizes_by_key:
         _sizes_by_key[key] = _measure(recipe)
     return _sizes_by_key[key]

@@ -62,7 +62,8 @@ class MemoryTarget:
     def resolve(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
         """Resolve what depends on this device, the engine or the model's folder; return the recipe and notes.
 
-        flash_attention_2 is planned as sdpa, which keeps the same tensors.
+        flash_attention_2 is planned as sdpa, which keeps the same tensors. ``model.dtype=auto`` stays, since it follows
+        train.precision, which a technique may change.
 
         Raises:
             PeftbenchError: as in :func:`peftbench.training.auto_settings.resolve_auto_settings`.
@@ -77,7 +78,8 @@ class MemoryTarget:
         if recipe.needs_resolution:
             with with_bundled_config(recipe.model) as local_model:
                 capability = self.facts.capability
-                recipe, resolved = resolve_auto_settings(recipe, self.launch_config.engine, capability, local_model)
+                found, resolved = resolve_auto_settings(recipe, self.launch_config.engine, capability, local_model)
+            recipe = with_model_keys(found, dtype=recipe.model.dtype)
             notes += resolved
         return recipe, notes
 

@@ -22,6 +22,7 @@ from peftbench.memory.search import (
     with_techniques,
 )
 from peftbench.methods.lora import Lora
+from peftbench.training.auto_settings import with_model_keys
 
 if TYPE_CHECKING:
     from peftbench.memory.plan import Plan, Strategy
@@ -154,6 +155,8 @@ def _iter_variants(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], tuple[str,
     tradeoffs: tuple[str, ...] = ()
     if not recipe.method.keeps_base_frozen:
         overrides, tradeoffs = ("method.kind=lora",), (_LORA_TRADEOFF,)
+        if not recipe.method.freezes_weights:  # it ignored model.dtype, and a run has resolved it to fp32
+            recipe = with_model_keys(recipe, dtype="auto")
         recipe = recipe.model_copy(update={"method": Lora()})
         if recipe.train.feature_cache is not None:  # it needs a method that trains only a head
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"feature_cache": None})})

@@ -6,6 +6,7 @@ its class; no code outside this folder tests which method it has.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ class Method(ConfigSection):
     """True for a baseline that reads the training split though it trains nothing."""
     keeps_base_frozen: ClassVar[bool] = False
     """True if the base model's matrices and embeddings stay as loaded, and what is trained is added to them."""
+    freezes_weights: ClassVar[bool] = True
+    """True if it keeps weights of the base model frozen, which are then held in ``model.dtype``."""
     supports_quantized_base: ClassVar[bool] = False
     """True if the base model may be quantized (``model.quantization``), which needs ``keeps_base_frozen``."""
 
@@ -75,6 +78,11 @@ class Method(ConfigSection):
         so that they can be computed once (``train.feature_cache``).
         """
         return False
+
+    @property
+    def trains_loaded_weights(self) -> bool:
+        """True if it trains weights of the base model, which are then loaded in float32."""
+        return not self.keeps_base_frozen
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Count the parameters that this method trains on ``base`` (before :meth:`apply`), from the shapes alone.
@@ -122,6 +130,8 @@ class Method(ConfigSection):
         """Save the trained parameters as safetensors in ``save_directory``, in the format of peft or transformers."""
         with _without_config_warning():
             model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
+        if not self.keeps_base_frozen:
+            _record_widest_dtype(model, save_directory)
 
     def load(self, model: nn.Module, save_directory: Path) -> None:
         """Load into the applied model what :meth:`save` wrote, if the method keeps the base model frozen.
@@ -166,6 +176,17 @@ def _without_config_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Could not find a config file in")
         yield
+
+
+def _record_widest_dtype(model: nn.Module, save_directory: Path) -> None:
+    """Make a saved model load in the widest type of its weights; transformers loads all of them in the first one's."""
+    import torch
+
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    file = save_directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["dtype"] = str(max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:

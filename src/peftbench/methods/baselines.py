@@ -53,6 +53,7 @@ class Lead(Method):
 
     is_trainable: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    freezes_weights: ClassVar[bool] = False
 
     kind: Literal["lead"] = "lead"
     """Kind of method."""

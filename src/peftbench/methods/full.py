@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peftbench.methods.base import Method
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 class Full(Method):
     """Train every weight of the base model."""
+
+    freezes_weights: ClassVar[bool] = False
 
     kind: Literal["full"] = "full"
     """Kind of method."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, Literal
+from unittest.mock import patch
 
 from pydantic import Field, field_validator
 
@@ -15,6 +17,7 @@ from peftbench.errors import TargetModulesError, UnsupportedModelError, did_you_
 from peftbench.methods.base import Method
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +65,10 @@ class Lora(Method):
                 ) from error
         return value
 
+    @property
+    def trains_loaded_weights(self) -> bool:
+        return self.bias != "none"
+
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Count r * (in + out) for each adapted matrix, plus its outputs with DoRA, plus the trained biases."""
         count = sum(
@@ -79,7 +86,7 @@ class Lora(Method):
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         from peft import get_peft_model
 
-        with warnings.catch_warnings():
+        with _keep_initial_values(), warnings.catch_warnings():
             # peft warns of each kind of expert that the architecture lacks.
             warnings.filterwarnings("ignore", message=".*(did not match any|no parameter was matched).*")
             try:
@@ -196,6 +203,23 @@ class Lora(Method):
             for name, module in _list_matrices(base)
             if name not in excluded and (names is None or any(_matches_suffix(target, name) for target in names))
         ]
+
+
+@contextmanager
+def _keep_initial_values() -> Iterator[None]:
+    """Keep new weights in float32; peft rounds them to the type of the matrix that they adapt, and converts them back.
+
+    The initial values are then the same for a base model in any type.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    find = BaseTunerLayer._get_base_layer_device_and_dtype
+
+    def find_device(layer: BaseTunerLayer, base_layer: nn.Module) -> tuple[torch.device | None, None]:
+        return find(layer, base_layer)[0], None  # type: ignore[no-untyped-call]
+
+    with patch.object(BaseTunerLayer, "_get_base_layer_device_and_dtype", find_device):
+        yield
 
 
 def _convert_config(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:

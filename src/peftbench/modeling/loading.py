@@ -51,7 +51,7 @@ from peftbench.modeling.model_folder import (
 )
 from peftbench.modeling.quantization import (
     build_quantization_config,
-    convert_unquantized_to_float32,
+    convert_unquantized_weights,
     disable_cpu_repacking,
 )
 from peftbench.modeling.run_base import RunBase, find_run_base, merge_adapter, name_by_run
@@ -159,10 +159,13 @@ def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
         raise _translate_error(model_config, "tokenizer", error) from error
 
 
-def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load config, weights (float32, or quantized) and tokenizer of the base model.
+def load_model(
+    model_config: Model, compute_dtype: torch.dtype | None = None, weight_dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Load config, weights and tokenizer of the base model.
 
-    ``compute_dtype`` is the dtype of matmuls with 4-bit weights, float32 by default.
+    ``compute_dtype`` is the dtype of matmuls with 4-bit weights, and ``weight_dtype`` that of unquantized weights, both
+    float32 by default. Random weights are drawn in float32, so that they are the same numbers for every method.
 
     Raises:
         ModelNotFoundError: no usable model at that path; the message lists what was tried.
@@ -181,7 +184,7 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
     check_attention(model_config, config, resolve_model_path(model_config))
     tokenizer = load_tokenizer(model_config)
     check_tokenizer(tokenizer, model_config.tokenizer or resolve_model_path(model_config))
-    model = _load_weights(model_config, config, compute_dtype)
+    model = _load_weights(model_config, config, compute_dtype, weight_dtype)
     check_vocabulary(count_tokens(tokenizer), model, resolve_model_path(model_config))
     check_finite(model, resolve_model_path(model_config))
     register_sdpa_attention()
@@ -250,11 +253,19 @@ def build_from_config(model_config: Model, config: PreTrainedConfig) -> PreTrain
         return AutoModelForCausalLM.from_config(config, **_build_common_kwargs(model_config))  # type: ignore[no-any-return]
 
 
-def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: torch.dtype | None) -> PreTrainedModel:
+def _load_weights(
+    model_config: Model,
+    config: PreTrainedConfig,
+    compute_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+) -> PreTrainedModel:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from peftbench.modeling.frozen_weights import load_weights_in
+
+    weight_dtype = weight_dtype or torch.float32
     common = _build_common_kwargs(model_config)
     is_stored_quantized = hasattr(config, "quantization_config")
     quantization = build_quantization_config(model_config, config, compute_dtype or torch.float32)
@@ -266,7 +277,10 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
         check_weight_files(path)
         if quantization is not None and is_stored_quantized:  # transformers prefers the config's to the argument
             config.quantization_config = quantization.to_dict()
-        with config_faults(path, config, trust_remote_code=model_config.trust_remote_code):
+        with (
+            config_faults(path, config, trust_remote_code=model_config.trust_remote_code),
+            load_weights_in(torch.float32 if is_stored_quantized else weight_dtype),
+        ):
             loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
                 location,
                 config=config,
@@ -280,7 +294,7 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
         if gguf:
             remove_gguf_marks(model, path)
         if is_stored_quantized:
-            convert_unquantized_to_float32(model)
+            convert_unquantized_weights(model, weight_dtype)
         if is_stored_quantized or quantization is not None:
             disable_cpu_repacking(model)
         if missing := sorted(report["missing_keys"]):  # transformers only warns and initializes them randomly

@@ -153,8 +153,8 @@ def isolated_forward(base: PreTrainedModel) -> Iterator[None]:
 
     bitsandbytes layers stay in training mode: in evaluation mode, 4-bit layers permanently repack their weights on some
     CPUs and can no longer be trained over. They also take their compute dtype from the first input they see, which must
-    be the run's, so attributes are restored. Weights of mixed dtypes (e.g. a bf16 head over a float32 backbone) are
-    multiplied in bf16, as in a run.
+    be the run's, so attributes are restored. Weights in 16 bits are multiplied in them,
+    as in a run.
     """
     from transformers.utils import generic
 
@@ -163,8 +163,8 @@ def isolated_forward(base: PreTrainedModel) -> Iterator[None]:
         module.training = type(module).__module__.startswith("bitsandbytes.")
     dtypes = {parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()}
     try:
-        mixed = torch.bfloat16 in dtypes and len(dtypes) > 1
-        with generic.maybe_autocast(base.device.type, enabled=mixed, dtype=torch.bfloat16):
+        low = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)
+        with generic.maybe_autocast(base.device.type, enabled=low is not None, dtype=low or torch.bfloat16):
             yield
     finally:
         for module, attributes in saved:

@@ -91,11 +91,11 @@ def build_quantization_config(
     )
 
 
-def convert_unquantized_to_float32(model: PreTrainedModel) -> None:
-    """Convert unquantized parameters to float32. transformers leaves some in the dtype of the folder."""
+def convert_unquantized_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert unquantized parameters to ``dtype``. transformers leaves some in the dtype of the folder."""
     for parameter in model.parameters():
-        if parameter.is_floating_point() and not _is_packed(parameter):
-            parameter.data = parameter.data.float()
+        if parameter.is_floating_point() and not is_packed(parameter):
+            parameter.data = parameter.data.to(dtype)
 
 
 def disable_cpu_repacking(model: PreTrainedModel) -> None:
@@ -112,7 +112,7 @@ def disable_cpu_repacking(model: PreTrainedModel) -> None:
 
 
 def describe_unquantized_modules(model: PreTrainedModel) -> str | None:
-    """Return which matrices of a quantized model stay in float32, apart from embeddings and head; None for none.
+    """Return which matrices of a quantized model are not quantized, apart from embeddings and head; None for none.
 
     transformers quantizes linear layers. Stacked experts are a parameter of another module, and a folder's config may
     skip modules. Layers are joined: ``model.layers.*.mlp.experts (73 % of the parameters)``.
@@ -126,30 +126,31 @@ def describe_unquantized_modules(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         if id(module) in exempt:
             continue
-        matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1 and not _is_packed(p)]
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1 and not is_packed(p)]
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         sizes[pattern] = sizes.get(pattern, 0) + sum(parameter.numel() for parameter in matrices)
     shares = [(pattern, size / total) for pattern, size in sizes.items() if size / total >= _MIN_NOTED_SHARE]
     return ", ".join(f"{pattern} ({share:.0%} of the parameters)" for pattern, share in shares) or None
 
 
-def _is_packed(parameter: torch.Tensor) -> bool:
+def is_packed(parameter: torch.Tensor) -> bool:
     """True for a quantized matrix, whose elements are packed bytes or integers."""
     from bitsandbytes.nn.modules import Int8Params, Params4bit
 
     return isinstance(parameter, Int8Params | Params4bit)
 
 
-def get_stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """Return the dtype to which quantized weights are dequantized: float32 if they are quantized at load.
+def get_dequantized_dtype(config: PreTrainedConfig, load_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to which quantized weights are dequantized: ``load_dtype`` if they are quantized at load.
 
     For stored weights it is the config's dtype, which is that of the model when it was saved. The exact dtype of each
     weight is stored with it, and the config is all that an estimate has.
     """
     import torch
 
-    dtype = config.dtype if _get_stored_config(config) is not None else None
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    if _get_stored_config(config) is None:
+        return load_dtype
+    return getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype or torch.float32
 
 
 def _get_stored_config(config: PreTrainedConfig) -> dict[str, Any] | None:

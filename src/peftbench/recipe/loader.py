@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from peftbench.common.fingerprint import add_neutral_keys
 from peftbench.common.renamed_keys import MOVED_KEYS, RENAMED_KEYS, RENAMED_VALUES, REPLACED_SWITCHES
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import escape_interpolation, expand_home
@@ -175,7 +176,7 @@ def _read_recipe_from_record(path: Path) -> DictConfig | None:
     is_record = isinstance(values, dict) and "recipe_fingerprint" in values and isinstance(values.get("recipe"), dict)
     if not is_record:
         return None
-    recipe = upgrade_recipe(values["recipe"], values.get("schema_version"))
+    recipe = add_neutral_keys(upgrade_recipe(values["recipe"], values.get("schema_version")))
     return OmegaConf.create({key: _escape_interpolations(value) for key, value in recipe.items()})
 
 

@@ -25,6 +25,7 @@ from peftbench.tasks import AnyTask
 from peftbench.tasks.auto import Auto
 
 Precision = Literal["fp32", "bf16", "fp16"]
+"""Types of numbers by the names that recipes use."""
 Split = Literal["validation", "test"]
 
 
@@ -58,6 +59,8 @@ class Model(ConfigSection):
     """Compute GPT-2's tanh GELU in one kernel: fewer activations, 2.4e-7 off; false: bit-equal to transformers."""
     quantization: Literal["nf4", "nf4_double", "int8"] | None = None
     """4 or 8 bits (bitsandbytes), for methods that keep matrices frozen; set by weights that are stored quantized."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type in which frozen weights are held; trained ones stay float32. auto: the type of train.precision."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Use it only for a source you trust."""
 
@@ -413,7 +416,23 @@ class Recipe(ConfigSection):
     @property
     def needs_resolution(self) -> bool:
         """True if a key that changes numbers may depend on the device (``auto``) or on the model's folder."""
-        return self.train.precision == "auto" or self.task.kind == "auto" or self.method.needs_model
+        return (
+            "auto" in {self.train.precision, self.model.dtype} or not self.task.is_resolved or self.method.needs_model
+        )
+
+    @property
+    def frozen_dtype(self) -> Precision:
+        """The type in which frozen weights are held; ``train.precision`` must be resolved.
+
+        It is fp32 for a method that freezes no weights, which ignores ``model.dtype``.
+        """
+        if not self.method.freezes_weights:
+            return "fp32"
+        return self.train.resolved_precision if self.model.dtype == "auto" else self.model.dtype
+
+    def with_resolved_dtype(self) -> Recipe:
+        """Return the recipe with ``model.dtype`` resolved; ``train.precision`` must be resolved."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": self.frozen_dtype})})
 
     def fingerprint(self) -> str:
         """Return the hash of every key that can change a number. Resolve ``auto`` and a stored quantization before."""

@@ -44,7 +44,8 @@ class ResultFinder:
         if recipe.name not in self._resolved:
             with suppress(Exception):  # whatever is wrong with the model, the run itself reports it
                 self._resolved[recipe.name] = resolve_for_accelerate_config(recipe, self.accelerate)
-        return self._resolved.get(recipe.name, None if recipe.has_auto_settings else recipe)
+        unresolved = None if recipe.has_auto_settings else recipe.with_resolved_dtype()
+        return self._resolved.get(recipe.name, unresolved)
 
 
 def resolve_for_accelerate_config(recipe: Recipe, accelerate: Path | None) -> Recipe:

@@ -1,9 +1,9 @@
 """Resolve the recipe keys that depend on the device, the data or the model's folder before a run or plan starts.
 
 ``task.kind=auto`` depends on the columns of the data.
-``train.precision=auto`` and ``model.attention=auto`` depend on the device. ``model.quantization`` becomes the kind of
-weights that were saved quantized. ``train.micro_batch_size=auto`` depends on the memory estimate too and is resolved in
-``run/oom.py``.
+``train.precision=auto`` and ``model.attention=auto`` depend on the device, and ``model.dtype=auto`` follows the
+precision. ``model.quantization`` becomes the kind of weights that were saved quantized. ``train.micro_batch_size=auto``
+depends on the memory estimate too and is resolved in ``run/oom.py``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def resolve_task(recipe: Recipe) -> tuple[Recipe, list[str]]:
         OutOfRangeError: the columns are those of no task.
         DataError: the names of the columns cannot be read.
     """
-    if recipe.task.kind != "auto":
+    if recipe.task.is_resolved:
         return recipe, []
     source, split = recipe.data.source, "train" if recipe.method.is_trainable else recipe.evaluate.split
     if source.implied_task is not None:
@@ -78,6 +78,7 @@ def resolve_auto_settings(
         precision, reason = resolve_precision(recipe, engine, device)
         recipe = with_precision(recipe, precision)
         choices.append(f"train.precision is {precision} ({reason})")
+    recipe = recipe.with_resolved_dtype()
     if not recipe.method.needs_model:
         return recipe, [f"auto: {choices[0]}"] if choices else []
     model_config = local_model or recipe.model

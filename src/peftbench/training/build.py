@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from peftbench.common.dtypes import get_autocast_dtype
+from peftbench.common.dtypes import TORCH_DTYPES, get_autocast_dtype
 from peftbench.common.fingerprint import may_be_equal
 from peftbench.data.batches import Batches, EncodedExamples
 from peftbench.distributed import deepspeed
@@ -22,6 +22,7 @@ from peftbench.distributed.accelerator import AcceleratorContext, verify_engine_
 from peftbench.errors import ModelError, OutOfRangeError
 from peftbench.feature_cache.cached_training import open_feature_cache
 from peftbench.modeling.activation_offload import ActivationOffload
+from peftbench.modeling.frozen_weights import convert_frozen_weights
 from peftbench.modeling.generation import list_settings
 from peftbench.modeling.loading import LoadedModel, load_model
 from peftbench.modeling.loss import CausalLMLoss, build_loss
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftbench.feature_cache.store import FeatureStore
-    from peftbench.recipe.schema import Recipe
+    from peftbench.recipe.schema import Precision, Recipe
 
 _SCHEDULER_TYPES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -89,7 +90,14 @@ def load_base_model(recipe: Recipe) -> LoadedModel:
         ModelError, HubUnreachableError: the model was not found or is not usable.
     """
     set_seed(recipe.train.seed)
-    return load_model(recipe.model, get_autocast_dtype(recipe.train.resolved_precision))
+    return load_model(
+        recipe.model, get_autocast_dtype(recipe.train.resolved_precision), TORCH_DTYPES[get_loaded_dtype(recipe)]
+    )
+
+
+def get_loaded_dtype(recipe: Recipe) -> Precision:
+    """Return the type in which the base model is loaded: float32 if weights of it are trained, which must not round."""
+    return "fp32" if recipe.method.trains_loaded_weights else recipe.frozen_dtype
 
 
 def load_trained_base_model(
@@ -141,6 +149,10 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     if recipe.model.quantization is not None and (unquantized := describe_unquantized_modules(base.model)):
         notes.append(f"model.quantization={recipe.model.quantization} does not quantize {unquantized}")
     model = recipe.method.apply(base.model, base.tokenizer)
+    convert_frozen_weights(base.model, TORCH_DTYPES[recipe.frozen_dtype])
+    if recipe.frozen_dtype != "fp32":
+        trained = f", and trained ones in {recipe.optimizer.weight_dtype}" if recipe.method.is_trainable else ""
+        notes.append(f"frozen weights are held in {recipe.frozen_dtype} (model.dtype){trained}")
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     requested = recipe.train.gradient_checkpointing and recipe.method.is_trainable
     checkpointing = requested and not recipe.method.has_frozen_backbone

@@ -19,9 +19,11 @@ from peftbench.memory.search import (
     list_micro_batch_sizes,
     list_technique_sets,
     with_micro_batch,
+    with_techniques,
 )
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
 from peftbench.optim import OPTIMIZERS
 from tests.helpers.workshop import Workshop
 
@@ -182,3 +184,13 @@ def test_of_equally_fast_strategies_the_smallest_change_of_arithmetic_comes_firs
     )
     slow = strategies[0].model_copy(update={"step_seconds": 2.0})
     assert sort_fastest_first([slow, strategies[-1]])[0] is strategies[-1]
+
+
+def test_bf16_technique_holds_frozen_weights_in_bf16(workshop: Workshop) -> None:
+    """model.dtype=auto follows the precision that a technique sets; a type that was given stays."""
+    target = MemoryTarget(UNKNOWN_DEVICE, "a GPU", None)
+    technique = next(technique for technique in TECHNIQUES if technique.name == "bf16")
+    for dtype, expected in (("auto", "bf16"), ("fp32", "fp32")):
+        resolved, _ = target.resolve(workshop.recipe(Lora(r=2), model={"dtype": dtype}))
+        assert resolved.frozen_dtype == "fp32"
+        assert with_techniques(resolved, [technique]).frozen_dtype == expected

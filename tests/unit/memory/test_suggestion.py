@@ -15,6 +15,7 @@ from peftbench.memory.plan import UnplannedRun
 from peftbench.memory.search import MemoryTarget, check_verdicts
 from peftbench.memory.suggestion import (
     _compute_evaluation_bytes,
+    _iter_variants,
     find_cheapest_change,
     suggest_change,
     suggest_evaluation,
@@ -56,6 +57,22 @@ def test_lower_bound_is_the_bytes_of_weights_gradients_and_states(
     plan = MemoryTarget(UNKNOWN_DEVICE, "a GPU", None).plan(recipe)
     assert sizes.weight_bytes + sizes.trained_bytes + sizes.state_bytes <= plan.peak.allocated_bytes
     assert compute_lower_bound(recipe, SINGLE_PROCESS) == (sizes.weight_bytes + sizes.trained_bytes + sizes.state_bytes)
+
+
+def test_lower_bound_counts_frozen_weights_in_their_type(workshop: Workshop) -> None:
+    """Two bytes a frozen weight and four a trained one, where only train.precision differs."""
+    trained = 2 * sum((64 + 192, 64 + 64, 64 + 256, 256 + 64)) * 2
+    for precision, size in (("fp32", 4), ("bf16", 2)):
+        recipe = workshop.recipe(Lora(r=2), train=TRAIN | {"precision": precision})
+        assert measure_tensors(recipe).weight_bytes == size * PARAMETERS + 4 * trained
+
+
+def test_lora_that_replaces_full_fine_tuning_is_planned_in_16_bits(workshop: Workshop) -> None:
+    """A run of full fine-tuning has resolved model.dtype to fp32, and the recipe that is suggested has not."""
+    recipe = workshop.recipe(Full(), train=TRAIN | {"precision": "bf16"}).with_resolved_dtype()
+    assert recipe.model.dtype == "fp32"
+    variants = {overrides: variant for overrides, _, variant in _iter_variants(recipe)}
+    assert variants["method.kind=lora",].frozen_dtype == "bf16"
 
 
 def test_smaller_micro_batch_is_the_cheapest_change(workshop: Workshop) -> None:

@@ -13,6 +13,7 @@ from peftbench.memory.devices import get_device_facts
 from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.optim import OPTIMIZERS
@@ -91,24 +92,51 @@ def test_simulated_peak_equals_that_of_a_real_step(  # noqa: PLR0917
 
 
 @pytest.mark.parametrize(
-    ("method", "quantization"),
+    ("method", "quantization", "precision"),
     [
-        (Lora(r=4), "nf4_double"),
-        (PromptTuning(num_virtual_tokens=5), "nf4"),
-        pytest.param(Lora(r=4), "nf4", marks=pytest.mark.slow),
-        pytest.param(PromptTuning(num_virtual_tokens=5), "nf4_double", marks=pytest.mark.slow),
+        (Lora(r=4), "nf4_double", "fp32"),
+        (PromptTuning(num_virtual_tokens=5), "nf4", "fp32"),
+        (Lora(r=4), "nf4", "bf16"),
+        pytest.param(Lora(r=4), "nf4", "fp32", marks=pytest.mark.slow),
+        pytest.param(PromptTuning(num_virtual_tokens=5), "nf4_double", "fp32", marks=pytest.mark.slow),
+        pytest.param(PromptTuning(num_virtual_tokens=5), "nf4_double", "bf16", marks=pytest.mark.slow),
     ],
-    ids=["lora-nf4_double", "prompt_tuning-nf4", "lora-nf4", "prompt_tuning-nf4_double"],
 )
 def test_simulated_peak_with_a_quantized_base(
-    method: Method, quantization: str, workshop: Workshop, sources: dict[str, Files]
+    method: Method, quantization: str, precision: str, workshop: Workshop, sources: dict[str, Files]
 ) -> None:
     """It includes packed weights, scales, and weights dequantized in the backward pass."""
     recipe = workshop.recipe(
         method,
         model={"quantization": quantization},
         data={"padding": "max_length", "max_length": WIDTH, "source": sources["max_length"]},
-        train={"steps": 3, "global_batch_size": 6},
+        train={"steps": 3, "global_batch_size": 6, "precision": precision},
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
+    )
+    measured, simulated = measure_and_simulate(recipe, workshop)
+    assert (simulated.nbytes, simulated.bytes_by_category) == (measured.peak_bytes, measured.bytes_by_category)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Lora(r=4),
+        pytest.param(Lora(r=4, bias="all"), marks=pytest.mark.slow),
+        pytest.param(PromptTuning(num_virtual_tokens=5), marks=pytest.mark.slow),
+        pytest.param(LastLayer(head="tied"), marks=pytest.mark.slow),
+        pytest.param(LastLayer(), marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_simulated_peak_by_type_of_frozen_weights(
+    method: Method, dtype: str, workshop: Workshop, sources: dict[str, Files]
+) -> None:
+    """Under bf16, over a float32 base, whose casts are copies, and over a bf16 base with vectors in float32."""
+    recipe = workshop.recipe(
+        method,
+        model={"dtype": dtype},
+        data={"padding": "max_length", "max_length": WIDTH, "source": sources["max_length"]},
+        train={"steps": 3, "global_batch_size": 6, "precision": "bf16"},
         profile=Profile(untimed_steps=2, memory_breakdown=True),
     )
     measured, simulated = measure_and_simulate(recipe, workshop)

@@ -7,7 +7,7 @@ import re
 import numpy
 import pytest
 
-from peftbench.record import Device, Memory, Outcome, RunRecord
+from peftbench.record import Device, Memory, Outcome, ParameterCounts, RunRecord
 from peftbench.report.analysis.significance import compare_groups
 from peftbench.report.summary import MAX_SENTENCES, summarize
 from tests.unit.report.records import build_costs, build_judged_record, build_record, draw_scores
@@ -317,6 +317,21 @@ def test_auto_settings_that_resolved_differently_are_named(
     sentences = summarize([build_full_run(), other.model_copy(update={"recipe": recipe})])
     assert f"differ in more than their method: in {difference}." in sentences[0]
     assert "ran with a different precision or attention" in sentences[2]
+
+
+@pytest.mark.parametrize(
+    ("first", "trained", "is_noted"),
+    [("fp32", 1, True), ("bf16", 1, False), ("fp32", 10, False), (None, 1, True)],
+)
+def test_types_of_frozen_weights_that_differ_are_named(first: str | None, trained: int, is_noted: bool) -> None:
+    """A run that trains every weight has none; one without the key had a float32 base."""
+    runs = (build_full_run(), first, trained), (build_lora_run(9), "bf16", 1)
+    records = []
+    for record, dtype, trainable in runs:
+        model = record.recipe.get("model", {}) | ({} if dtype is None else {"dtype": dtype})
+        parameters = ParameterCounts(total=10, trainable=trainable)
+        records.append(record.model_copy(update={"recipe": record.recipe | {"model": model}, "parameters": parameters}))
+    assert ("model.dtype (fp32 and bf16)" in summarize(records)[0]) == is_noted
 
 
 def test_few_examples_allow_no_conclusion() -> None:

@@ -72,7 +72,7 @@ def test_wrong_world_size_is_refused(workshop: Workshop, monkeypatch: pytest.Mon
 
 @every_method
 def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Workshop) -> None:
-    """The forward pass is in bfloat16; losses, weights and optimizer states are in float32."""
+    """The forward pass is in bfloat16; losses, trained weights and optimizer states are in float32."""
     recipe = workshop.recipe(method, train={"precision": "bf16", "steps": 2})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
     built = build_adapted_model(recipe, accelerator)
@@ -86,7 +86,7 @@ def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Worksho
     assert dtypes.logits == {torch.bfloat16}
     assert dtypes.losses == {torch.float32}
     assert progress.completed_steps == 2
-    assert {parameter.dtype for parameter in built.model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in trainable_parameters(built.model).values()} == {torch.float32}
     states = trainer.optimizer.optimizer.state  # type: ignore[attr-defined]
     assert len(states) == len(trainable_parameters(built.model)) > 0
     assert {state["exp_avg"].dtype for state in states.values()} == {torch.float32}

@@ -24,6 +24,7 @@ from torch.utils import _foreach_utils
 from peftbench.distributed.device_capability import DeviceCapability
 from peftbench.memory.simulation.attention import attend_on_cpu, attend_on_cuda, run_cuda_dropout
 from peftbench.memory.simulation.autocast_ops import FP32, FP32_SET_OPT_DTYPE, LOWER_PRECISION_FP, PROMOTE
+from peftbench.memory.simulation.normalization import normalize_on_cpu
 from peftbench.modeling import attention, cross_entropy
 from peftbench.modeling.sdpa_kernels import KernelChoice, SdpaDevice
 
@@ -150,6 +151,8 @@ class DeviceEmulation(TorchFunctionMode):
             return _FAKE_SCALARS[name]
         if func is functional.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
+        if func is functional.layer_norm and self.device_type == "cpu":
+            return normalize_on_cpu(*args, **kwargs)
         if func is functional.dropout and self.device_type == "cuda":
             return run_cuda_dropout(*args, **kwargs)
         return func(*args, **kwargs)

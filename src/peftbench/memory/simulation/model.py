@@ -12,7 +12,7 @@ from peftbench.memory.families import with_bundled_config
 from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.load_checks import check_vocabulary, count_tokens_in_folder
 from peftbench.modeling.loading import LoadedModel, build_from_config, fuse_gelu, load_config, resolve_model_path
-from peftbench.modeling.quantization import build_quantization_config, get_stored_dtype
+from peftbench.modeling.quantization import build_quantization_config, get_dequantized_dtype
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -23,10 +23,14 @@ _BLOCK_SIZE, _NESTED_BLOCK_SIZE = 64, 256
 """Weights per scale, and scales per second-level scale with double quantization."""
 
 
-def build_meta_model(model_config: Model, compute_dtype: torch.dtype) -> LoadedModel:
+def build_meta_model(
+    model_config: Model, compute_dtype: torch.dtype, weight_dtype: torch.dtype = torch.float32
+) -> LoadedModel:
     """Build the model as :func:`peftbench.modeling.loading.load_model` does, from its config alone.
 
-    ``compute_dtype`` is the dtype of computation with quantized weights. The result has no tokenizer.
+    ``compute_dtype`` is the dtype of computation with quantized weights, and ``weight_dtype`` that in which weights are
+    loaded before they are quantized. Unquantized weights are float32 until the method is applied. The result has no
+    tokenizer.
 
     Raises:
         ModelNotFoundError, HubUnreachableError, UnsupportedModelError: as ``load_model``.
@@ -34,7 +38,7 @@ def build_meta_model(model_config: Model, compute_dtype: torch.dtype) -> LoadedM
     with with_bundled_config(model_config) as local_config, torch.device("meta"):
         config = load_config(local_config)
         quantization = build_quantization_config(local_config, config, compute_dtype)
-        dtype = get_stored_dtype(config)  # building the model sets the config's dtype
+        dtype = get_dequantized_dtype(config, weight_dtype)  # building the model sets the config's dtype
         model = build_from_config(local_config, config)
     path = model_config.tokenizer or resolve_model_path(model_config)
     if Path(path).is_dir() and (num_tokens := count_tokens_in_folder(path)) is not None:

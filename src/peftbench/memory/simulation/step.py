@@ -34,7 +34,13 @@ from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
-from peftbench.training.build import TrainingComponents, apply_method, check_generation, prepare_with_engine
+from peftbench.training.build import (
+    TrainingComponents,
+    apply_method,
+    check_generation,
+    get_loaded_dtype,
+    prepare_with_engine,
+)
 from peftbench.training.data import build_collator
 from peftbench.training.loop import train_step
 
@@ -125,7 +131,9 @@ class MemorySimulation:
             device, get_autocast_dtype(recipe.train.resolved_precision), has_padding=has_padding
         )
         with imports_without_gc():  # imports the architecture's code and the method's library
-            self.loaded_model = build_meta_model(recipe.model, TORCH_DTYPES[recipe.train.resolved_precision])
+            self.loaded_model = build_meta_model(
+                recipe.model, TORCH_DTYPES[recipe.train.resolved_precision], TORCH_DTYPES[get_loaded_dtype(recipe)]
+            )
             with self._track_method_modules(), self.emulation.patch_libraries():
                 if generates_text(recipe):
                     check_generation(recipe, self.loaded_model)

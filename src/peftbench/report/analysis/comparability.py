@@ -16,6 +16,17 @@ def _count_used_examples(record: RunRecord) -> dict[str, int]:
     return {split: count for split, count in record.num_examples.items() if split in used}
 
 
+_ANY = object()
+"""Equal to every value: the run does not have the setting."""
+
+
+def _get_frozen_dtype(record: RunRecord) -> object:
+    """Return the type of frozen weights; a method that trains every weight has none. Before the key it was fp32."""
+    if record.parameters is not None and record.parameters.trainable >= record.parameters.total:
+        return _ANY
+    return record.recipe.get("model", {}).get("dtype", "fp32")
+
+
 _PROTOCOL: dict[str, Callable[[RunRecord], object]] = {
     "data": lambda record: record.data_fingerprint,
     "base model": lambda record: record.model_fingerprint,
@@ -26,6 +37,7 @@ _PROTOCOL: dict[str, Callable[[RunRecord], object]] = {
     "data.label_padding": lambda record: record.recipe["data"]["label_padding"],
     "train.precision": lambda record: record.recipe["train"]["precision"],
     "model.attention": lambda record: record.recipe.get("model", {}).get("attention"),
+    "model.dtype": _get_frozen_dtype,
 }
 """Values that must be equal in all runs of a comparison, for any seed."""
 
@@ -37,7 +49,8 @@ def list_protocol_differences(records: Sequence[RunRecord]) -> list[str]:
     if len(config_fingerprints) > 1:
         differences.append("config.json of the base model")
     for name, get_value in _PROTOCOL.items():
-        values = list(dict.fromkeys(json.dumps(get_value(record)) for record in records))
+        found = (get_value(record) for record in records)
+        values = list(dict.fromkeys(json.dumps(value) for value in found if value is not _ANY))
         if len(values) > 1:
             shown = [value.strip('"') for value in values]
             differences.append(f"{name} ({join_with_and(shown)})" if "." in name else name)
