@@ -30,7 +30,7 @@ OPTIONAL_FEATURES = {
     MICRO_BATCH_TOKENS: ("train.micro_batch_tokens", "null"),
     QUANTIZATION: ("model.quantization", "null"),
     FEATURE_CACHE: ("train.feature_cache", "null"),
-    FROZEN_BF16: ("model.dtype", "auto"),
+    FROZEN_BF16: ("model.dtype", "auto"),  # auto is a type that runs
     FROZEN_FP16: ("model.dtype", "auto"),
 }
 """Optional features of a recipe: the key of each, and the value that disables it."""
@@ -212,6 +212,16 @@ RULES = (
         "DeepSpeed's fp16 keeps the weights in fp16, and the recipe's fp16 keeps them in float32",
         engines=_DEEPSPEED_ENGINES,
         precisions=frozenset({"fp16"}),
+    ),
+    *(
+        Rule(
+            f"DeepSpeed swaps all weights through buffers of one type, so that weights frozen in {dtype} would round "
+            "the trained ones",
+            engines=_NVME_ENGINES,
+            methods=_FREEZING_METHODS,
+            optional_feature=feature,
+        )
+        for dtype, feature in FROZEN_DTYPES.items()
     ),
     *(
         Rule(

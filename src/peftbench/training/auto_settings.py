@@ -78,9 +78,12 @@ def resolve_auto_settings(
         precision, reason = resolve_precision(recipe, engine, device)
         recipe = with_precision(recipe, precision)
         choices.append(f"train.precision is {precision} ({reason})")
+    if recipe.model.dtype == "auto" and recipe.frozen_dtype != "fp32" and engine.offloads_to_nvme:
+        recipe = with_model_keys(recipe, dtype="fp32")
+        choices.append("model.dtype is fp32 (DeepSpeed swaps all weights to disk through buffers of one type)")
     recipe = recipe.with_resolved_dtype()
     if not recipe.method.needs_model:
-        return recipe, [f"auto: {choices[0]}"] if choices else []
+        return recipe, [f"auto: {', '.join(choices)}"] if choices else []
     model_config = local_model or recipe.model
     config, path = load_config(model_config), resolve_model_path(model_config)
     quantization = resolve_quantization(model_config, config, path)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from peftbench.distributed.accelerator import build_accelerator
 from peftbench.distributed.device_capability import DeviceCapability
-from peftbench.distributed.engines import SINGLE
+from peftbench.distributed.engines import ENGINES, SINGLE
 from peftbench.errors import CombinationError
 from peftbench.feature_cache.key import build_cache_key
 from peftbench.methods.base import Method
@@ -182,6 +182,15 @@ def test_auto_follows_the_precision(workshop: Workshop) -> None:
         recipe = workshop.recipe(Lora(), train={"precision": precision})
         assert resolve(recipe, has_bf16=has_bf16).model.dtype == expected
     assert resolve(bf16_recipe(workshop, Lora(), "fp32")).model.dtype == "fp32"
+
+
+def test_auto_is_float32_where_weights_are_swapped_to_disk(workshop: Workshop) -> None:
+    """DeepSpeed's buffers have one type, which would round trained weights; the record has the reason."""
+    recipe, notes = resolve_auto_settings(
+        bf16_recipe(workshop, Lora()), ENGINES["zero3_nvme"], DeviceCapability("cpu", has_bf16=True)
+    )
+    assert recipe.model.dtype == "fp32"
+    assert "model.dtype is fp32 (DeepSpeed swaps all weights to disk through buffers of one type)" in notes[0]
 
 
 @pytest.mark.parametrize("method", [Full(), Lead()], ids=lambda method: method.kind)
