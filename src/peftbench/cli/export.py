@@ -41,7 +41,7 @@ def export(
 ) -> None:
     """Write the model of a finished run to a new folder, with tokenizer, recipe and model card, and check it.
 
-    A run of LoRA has an adapter. --merge writes one whole model instead, which needs no peft.
+    A LoRA run has an adapter. --merge writes a whole model instead, which does not need peft.
     """
     from peftbench.errors import OutOfRangeError
     from peftbench.export.push import check_login, check_repository_name, push_folder

@@ -325,7 +325,7 @@ class Encoder:
             generated = f" with {max_new_tokens} generated ones" if is_evaluated and max_new_tokens else ""
             raise SequenceTooShortError(
                 f"{len(encoded) - len(fits)} of {len(encoded)} examples of the {split} split do not fit {longest} "
-                f"tokens{generated}, even after what may be cut is cut (example {encoded[worst]['id']} needs "
+                f"tokens{generated} even when cut (example {encoded[worst]['id']} needs "
                 f"{needed_tokens[worst]})",
                 "raise data.max_length" + (", or set data.overlong=drop" if overlong != "drop" else ""),
             )

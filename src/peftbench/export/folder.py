@@ -120,8 +120,8 @@ def _check_request(run: RunBase, recipe: Recipe, request: ExportRequest) -> None
         )
     if run.has_adapter and (Path(recipe.model.path) / RECORD_FILE).is_file():
         raise MergeError(
-            f"the adapter of {run.folder} belongs to the model of the run {recipe.model.path}, which has no name "
-            "elsewhere",
+            f"the adapter of {run.folder} belongs to the model of the run {recipe.model.path}, which is not "
+            "available elsewhere",
             "add --merge",
         )
 

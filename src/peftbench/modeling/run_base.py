@@ -100,7 +100,7 @@ class RunBase:
                 )
         if base_section.init == "random":
             raise MergeError(
-                f"{self.folder} was trained on random weights (model.init=random), which no file has",
+                f"{self.folder} was trained on random weights (model.init=random), which are not stored in a file",
                 _MERGED_COPY.format(run=self.folder),
             )
 

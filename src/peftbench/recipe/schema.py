@@ -69,7 +69,7 @@ class Data(ConfigSection):
     """Examples, and how they are tokenized and padded."""
 
     source: AnySource
-    """Place of the examples: docstrings, files, hub or synthetic."""
+    """Source of the examples: arithmetic, docstring_libraries, docstrings, files, hub or synthetic."""
     train: int | None = Field(default=None, gt=0)
     """Number of examples sampled from the training split, with data.seed; null: all."""
     validation: int | None = Field(default=None, gt=0)
@@ -185,11 +185,11 @@ class Evaluate(ConfigSection):
     headline_metric: str | None = None
     """Score by which runs are compared, e.g. exact_match; null: the task's own, or the first score of the metrics."""
     max_new_tokens: int = Field(default=64, gt=0)
-    """Most tokens of a generated text."""
+    """Maximum number of tokens of a generated text."""
     num_beams: int = Field(default=1, gt=0)
     """Number of beams; 1 is greedy decoding."""
     teacher_forced: bool = False
-    """Also score the teacher-forced argmax with the metrics, as the published study did, separately."""
+    """Also compute the metrics on the teacher-forced argmax, as the published study did; reported separately."""
     bootstrap_resamples: int = Field(default=1000, ge=100)
     """Number of bootstrap resamples for each 95 % interval."""
     saved_samples: int = Field(default=5, ge=0)
@@ -224,7 +224,7 @@ class Evaluate(ConfigSection):
     @model_validator(mode="after")
     def _check_interval_metrics(self) -> Evaluate:
         if self.interval_metrics and (self.interval is None or self.metrics == ()):
-            raise ValueError("interval_metrics=true needs evaluate.interval and metrics")
+            raise ValueError("interval_metrics=true needs evaluate.interval and metrics; set both, or omit it")
         return self
 
     def count_interval_steps(self, num_examples: int, global_batch_size: int) -> int | None:
@@ -292,9 +292,9 @@ class EarlyStopping(ConfigSection):
     """End the training before its last step when the held-out loss of evaluate.interval no longer falls."""
 
     patience: int | None = Field(default=None, gt=0)
-    """Evaluations in a row without improvement after which the training ends; null: never."""
+    """End the training after this many evaluations in a row without improvement; null: never."""
     min_delta: float = Field(default=0.0, ge=0)
-    """Decrease in nats below the lowest loss so far that counts as an improvement, if greater than this."""
+    """A loss counts as an improvement if it is more than this many nats below the lowest loss so far."""
     allow_unequal_steps: bool = False
     """Allow patience in a suite of several runs, which may then train for different numbers of steps."""
 

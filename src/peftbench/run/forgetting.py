@@ -34,7 +34,7 @@ def measure_loss_before(state: RunState, adapted_model: AdaptedModel, encoder: E
         untrained, recipe = adapted_model, state.recipe
         if state.recipe.method.virtual_tokens:
             state.notes.append(
-                "the loss on the general text before the training is that with the untrained virtual tokens, since the "
+                "the loss on the general text before the training includes the untrained virtual tokens, since the "
                 "weights are sharded"
             )
     else:

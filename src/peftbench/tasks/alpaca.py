@@ -20,7 +20,7 @@ _PROMPT_WITH_INPUT = (
 
 
 class Alpaca(Task):
-    """Instructions in the prompt of Stanford Alpaca (Taori et al. 2023). Too long an input loses its end."""
+    """Instructions in the prompt of Stanford Alpaca (Taori et al. 2023). An input that is too long loses its end."""
 
     metrics: ClassVar[tuple[str, ...]] = ("rouge",)
     headline_metric: ClassVar[str | None] = "rougeL"

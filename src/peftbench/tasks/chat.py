@@ -23,7 +23,7 @@ _ADVICE = 'write a list of objects like {"role": "user", "content": "..."}'
 
 
 class Chat(Task):
-    """Conversations in OpenAI's format. Too long a conversation loses its first turns; a system message stays.
+    """Conversations in OpenAI's format. A conversation that is too long loses its first turns; a system message stays.
 
     The last turn of the assistant is the reference of an evaluation, and everything before it the prompt.
     """
@@ -38,7 +38,7 @@ class Chat(Task):
     chat_template: PathText | None = None
     """Chat template: null for the tokenizer's own, chatml, plain, or the path of a Jinja file."""
     labels: LabeledTurns = "assistant"
-    """Tokens in the loss: those of all assistant turns, of the last one, or all. A turn's end token belongs to it."""
+    """Tokens in the loss: all assistant turns, the last one, or the whole text. A turn includes its end token."""
 
     @property
     def columns(self) -> Mapping[str, str]:

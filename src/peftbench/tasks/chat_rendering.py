@@ -132,7 +132,7 @@ class ChatRenderer:
             advice = "set task.labels=last_assistant, or " + advice
         return RenderError(
             f"is rendered differently in training and generation: the chat template does not write message {number} "
-            "after the prompt of its generation",
+            "after the generation prompt",
             advice,
         )
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Choices(Task):
     """Questions with choices, judged by the log-likelihood of each choice after the prompt. Nothing is generated.
 
-    A training sequence is ``[start] prompt separator choice [end]`` with the right choice. Too long a prompt loses its
-    start. The answer is the choice's text, its index from 0, or its letter.
+    A training sequence is ``[start] prompt separator choice [end]`` with the right choice. A prompt that is too
+    long loses its start. The answer is the choice's text, its index from 0, or its letter.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("choice_accuracy",)

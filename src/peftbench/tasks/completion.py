@@ -11,7 +11,7 @@ from peftbench.tasks.base import Task
 
 
 class Completion(Task):
-    """Prompts and completions. Nothing is added between them. Too long a prompt loses its start.
+    """Prompts and completions. Nothing is added between them. A prompt that is too long loses its start.
 
     A sequence is ``[start] prompt separator completion [end]``.
     """

@@ -15,7 +15,7 @@ _COLUMN_PAIRS = (("article", "summary"), ("article", "highlights"), ("document",
 
 
 class Summarization(Task):
-    """Summaries of articles. Too long an article loses its end.
+    """Summaries of articles. An article that is too long loses its end.
 
     A sequence is ``[start] article separator summary [end]``, with a space before the summary.
     """
@@ -30,7 +30,7 @@ class Summarization(Task):
     summary: str = "summary"
     """Column with the summary."""
     separator: str = "\nTL;DR:"
-    """Text between article and summary, before one space. Byte-level BPE puts that space into the next word's token."""
+    """Text between article and summary; a space follows. Byte-level BPE puts that space into the next word's token."""
 
     @field_validator("separator")
     @classmethod

@@ -11,7 +11,7 @@ from peftbench.tasks.base import Task
 
 
 class Text(Task):
-    """Documents for language modeling: every token is labeled. Too long a document loses its end.
+    """Documents for language modeling: every token is labeled. A document that is too long loses its end.
 
     A sequence is ``[start] text [end]``.
     """

@@ -292,8 +292,8 @@ def test_split_whose_prompts_leave_no_room_for_new_tokens_is_refused(
     encoder, short = summary_encoder(tokenizer, 64, new_tokens), dataset.select(range(2))
     assert encoder.encode_split(short, "train", "refuse")[1] == 0
     sentence = (
-        f"2 of 2 examples of the test split do not fit 64 tokens with {new_tokens} generated ones, even after what "
-        "may be cut is cut (example k0 needs 65); raise data.max_length, or set data.overlong=drop"
+        f"2 of 2 examples of the test split do not fit 64 tokens with {new_tokens} generated ones even when "
+        "cut (example k0 needs 65); raise data.max_length, or set data.overlong=drop"
     )
     with pytest.raises(SequenceTooShortError, match=re.escape(sentence)):
         encoder.encode_split(short, "test", "refuse", is_evaluated=True)

@@ -158,7 +158,7 @@ def test_template_that_changes_earlier_answers_is_refused() -> None:
     messages = [user("Hi"), assistant("<think>a</think>Hello"), user("Bye"), assistant("<think>b</think>See you")]
     assert refuse(messages, STRIPPING_TEMPLATE) == (
         "example 0 is rendered differently in training and generation: the chat template does not write message 2 "
-        "after the prompt of its generation; set task.labels=last_assistant, or set task.chat_template to another "
+        "after the generation prompt; set task.labels=last_assistant, or set task.chat_template to another "
         "template"
     )
     assert label(messages, STRIPPING_TEMPLATE, labels="last_assistant") == (

@@ -49,7 +49,9 @@ class UserFunction(TextMetric):
                 "give module:function of a module in the working directory or on the Python path",
             ) from error
         if not callable(function):
-            raise MetricError(f"the metric {self.path} is not a function: {module} has no function {name!r}")
+            raise MetricError(
+                f"the metric {self.path} is not a function: {module} has no function {name!r}", "correct the name"
+            )
         return function  # type: ignore[no-any-return]
 
     @property
