@@ -41,7 +41,7 @@ class Hub(Source):
     """Configuration of the dataset; null: its default."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. The record has the commit that was loaded."""
-    id: str | None = None
+    id: str | None = "id"
     """Column with the example's id; null: use the row number."""
 
     @property

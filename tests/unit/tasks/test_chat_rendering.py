@@ -147,7 +147,7 @@ def test_turn_with_weight_0_is_not_labeled() -> None:
 
 @pytest.mark.parametrize("labels", ["assistant", "last_assistant", "all"])
 def test_reference_is_found_among_the_labels(labels: str) -> None:
-    """Of the values at all labels, those of the last answer and its end token are selected."""
+    """The values at the last answer and its end token are selected out of those at all labels."""
     tokenizer = chatml_tokenizer()
     encoder = chat_encoder(tokenizer, Chat(labels=labels))  # type: ignore[arg-type]
     row = encoder.encode_example(as_conversation(TWO_TURNS))

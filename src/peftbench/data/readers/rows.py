@@ -137,7 +137,8 @@ class SplitLocation:
             return MissingColumnError(f"{fault}: its values are separated by {separator}", "separate them by commas")
         shown = [to_printable(known) for known in names[:_SHOWN_NAMES]]
         more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-        return MissingColumnError(f"{fault}; {did_you_mean(name, shown)}{more}")
+        number = "; to number the rows instead, set data.source.id=null" if name == "id" else ""
+        return MissingColumnError(f"{fault}; {did_you_mean(name, shown)}{more}{number}")
 
     def repeated_column(self, name: str) -> DataError:
         """Return the error of a used column whose name occurs more than once."""
