@@ -109,9 +109,11 @@ class Files(Source):
         for name in ("train", "validation", "test") if split is None else (split,):
             if getattr(self, name) is None:
                 continue
+            paths: dict[Path, str] = {}
             with suppress(DataError):  # a split that is not used may be missing
-                for path in self._find_files(name):
-                    hash_data_file(digest, path)
+                paths = self._find_files(name)
+            for path in paths:
+                hash_data_file(digest, path)
         return digest.hexdigest()
 
     @property

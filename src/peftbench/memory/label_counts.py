@@ -40,14 +40,14 @@ def count_labeled_tokens(recipe: Recipe, sequence_length: int) -> LabelCount:
 
 
 def _find_most_labels(recipe: Recipe) -> int | None:
-    """Return the most labeled tokens of an example, None if the data or the tokenizer cannot be read here."""
+    """Return the most labeled tokens of an example that fits; None without one, or if it cannot be encoded here."""
     if not recipe.task.is_resolved or not recipe.data.source.is_local:
         return None
     with with_bundled_config(recipe.model) as model:
         if model is not recipe.model:  # only the config is bundled
             return None
     sections = recipe.model_dump_json(include={"data", "task", "model", "evaluate"})
-    return _count_cached(_Key(sections, recipe.method.virtual_tokens), recipe)
+    return _count_cached(_Key(sections, recipe.method.virtual_tokens, _find_splits(recipe)), recipe)
 
 
 class _Key(NamedTuple):
@@ -55,6 +55,7 @@ class _Key(NamedTuple):
 
     sections: str
     virtual_tokens: int
+    splits: tuple[str, ...]
 
 
 _counts: dict[_Key, int | None] = {}
@@ -67,15 +68,18 @@ def _count_cached(key: _Key, recipe: Recipe) -> int | None:
 
 
 def _count_in_data(recipe: Recipe) -> int | None:
-    splits = [recipe.evaluate.split, *(["train"] if recipe.method.is_trainable else [])]
     try:
         encoder = build_split_encoder(recipe)
-        return max(_find_most_in_split(recipe, encoder, split) for split in splits)
+        return max(_find_most_in_split(recipe, encoder, split) for split in _find_splits(recipe)) or None
     except PeftbenchError:  # a plan needs no data; a run reports what is wrong with them
         return None
+
+
+def _find_splits(recipe: Recipe) -> tuple[str, ...]:
+    return (recipe.evaluate.split, *(["train"] if recipe.method.is_trainable else []))
 
 
 def _find_most_in_split(recipe: Recipe, encoder: Encoder, split: str) -> int:
     encoded = encoder.encode_all(load_split(recipe, split), split)
     rows = zip(encoded["label_spans"], encoded["needed"], strict=True)
-    return max(count_labels(spans) for spans, needed in rows if needed <= encoder.layout.max_length)
+    return max((count_labels(spans) for spans, needed in rows if needed <= encoder.layout.max_length), default=0)

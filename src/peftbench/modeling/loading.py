@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,12 @@ def _read_config(model_config: Model, path: str) -> PreTrainedConfig:
 
 
 def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
-    """Load the base model's tokenizer."""
+    """Load the base model's tokenizer.
+
+    Raises:
+        ModelNotFoundError: no usable tokenizer at that path.
+        HubUnreachableError: the Hub did not answer and the cache has no copy.
+    """
     from transformers import AutoTokenizer
 
     if (run := find_run_base(model_config)) is not None:
@@ -147,7 +153,7 @@ def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
     if not gguf:
         check_tokenizer_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location,
             revision=None if model_config.tokenizer else model_config.revision,
             trust_remote_code=model_config.trust_remote_code,
@@ -157,6 +163,8 @@ def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
         if fault := find_tokenizer_fault(path):
             raise ModelNotFoundError(*fault) from error
         raise _translate_error(model_config, "tokenizer", error) from error
+    check_tokenizer(tokenizer, path)
+    return tokenizer
 
 
 def load_model(
@@ -183,7 +191,6 @@ def load_model(
     config = load_config(model_config)
     check_attention(model_config, config, resolve_model_path(model_config))
     tokenizer = load_tokenizer(model_config)
-    check_tokenizer(tokenizer, model_config.tokenizer or resolve_model_path(model_config))
     model = _load_weights(model_config, config, compute_dtype, weight_dtype)
     check_vocabulary(count_tokens(tokenizer), model, resolve_model_path(model_config))
     check_finite(model, resolve_model_path(model_config))
@@ -260,7 +267,6 @@ def _load_weights(
     weight_dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from peftbench.modeling.frozen_weights import load_weights_in
@@ -271,7 +277,7 @@ def _load_weights(
     quantization = build_quantization_config(model_config, config, compute_dtype or torch.float32)
     path = resolve_model_path(model_config)
     location, gguf = _get_weights_location(path)
-    try:
+    with _translated_errors(model_config, is_quantized=quantization is not None):
         if model_config.init == "random":
             return build_from_config(model_config, config)
         check_weight_files(path)
@@ -303,8 +309,18 @@ def _load_weights(
         if is_part_of_multimodal(config):  # the other parts are not loaded
             unexpected = select_text_weights(unexpected, model)
         check_all_used(unexpected, path)
+    return model
+
+
+@contextmanager
+def _translated_errors(model_config: Model, *, is_quantized: bool) -> Iterator[None]:
+    """Raise what loading weights raises as errors of this package."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except ImportError as error:
-        if quantization is not None:
+        if is_quantized:
             raise UnsupportedModelError(
                 f"weights in {model_config.quantization} need bitsandbytes, which cannot be used: {_shorten(error)}"
             ) from error
@@ -317,7 +333,6 @@ def _load_weights(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise _translate_error(model_config, "weights", ValueError("their shapes do not match config.json")) from error
-    return model
 
 
 def _get_weights_location(path: str) -> tuple[str, dict[str, Any]]:

@@ -171,12 +171,15 @@ def _has_result(recipe: Recipe) -> bool:
     except RecordError:
         return False
     values = recipe.model_dump(mode="json")
-    for section, key in (("train", "precision"), ("model", "attention")):
+    for section, key in (("train", "precision"), ("model", "attention"), ("model", "dtype")):
         if values[section][key] == "auto":
             values[section][key] = record.recipe.get(section, {}).get(key)
     if recipe.model.quantization is None:  # weights that are stored quantized set it
         values["model"]["quantization"] = record.recipe.get("model", {}).get("quantization")
-    if values == recipe.model_dump(mode="json"):  # nothing is resolved: its data has changed
+    if not recipe.task.is_resolved:
+        values["task"] = record.recipe.get("task")
+    known = recipe if recipe.train.precision == "auto" else recipe.with_resolved_dtype()
+    if values == known.model_dump(mode="json"):  # nothing depends on the job: the data has changed
         return False
     return record.outcome.kind in FINAL_OUTCOMES and fingerprint_recipe(values) == record.recipe_fingerprint
 

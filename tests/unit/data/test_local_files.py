@@ -44,8 +44,8 @@ def make_device(path: Path) -> None:
     [
         (
             make_folder,
-            DataError,
-            "is a folder; set it to the path of a local file; for a folder, set data.source.kind=",
+            DataNotFoundError,
+            "is a folder without a file that ends in .jsonl, .json",
         ),
         (make_broken_link, DataNotFoundError, "is a link to gone.jsonl, which does not exist; correct the link"),
         (make_circular_link, DataError, "cannot be read: Too many levels of symbolic links"),

@@ -81,7 +81,7 @@ def test_byte_far_into_a_file_is_named_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (gzip.compress(JSON_LINES.encode()), "is compressed with gzip; decompress it with gunzip"),
+        (gzip.compress(JSON_LINES.encode()), "is compressed with gzip; rename it to end in .gz"),
         (bz2.compress(JSON_LINES.encode()), "is compressed with bzip2"),
         (lzma.compress(JSON_LINES.encode()), "is compressed with xz"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a git-lfs pointer, not the data"),

@@ -184,7 +184,7 @@ def test_grouped_queries_are_planned_with_the_kernel_that_runs(
     (tmp_path / "config.json").write_text(json.dumps(grouped_config().to_dict()), encoding="utf-8")
     recipe = workshop.recipe(
         METHODS[method],
-        model={"path": str(tmp_path)},
+        model={"path": str(tmp_path), "dtype": "fp32"},  # the plain model's
         optimizer=OPTIMIZER_CLASSES["sgd"](momentum=0.9),
         train={"precision": setting.precision, "global_batch_size": ROWS, "max_grad_norm": None},
         data={"max_length": WIDTH, "padding": setting.padding},

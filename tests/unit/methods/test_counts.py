@@ -88,13 +88,19 @@ def test_applied_method_trains_the_counted_parameters(
 
 
 def test_baselines_train_nothing() -> None:
-    """The count of zero-shot is 0; lead has no model, so that its count raises an error."""
+    """The count of the base model is 0; the others have no model, so that their count raises an error."""
     from transformers import GPT2Config
 
     from peftbench.methods import BASELINES
 
-    assert set(BASELINES) == {"zero_shot", "lead"}
-    assert not any(baseline.is_trainable for baseline in BASELINES.values())
-    assert BASELINES["zero_shot"].model_validate({}).trainable_parameters(meta_base(GPT2Config())) == 0
-    with pytest.raises(TypeError, match="Lead trains nothing"):
-        BASELINES["lead"].model_validate({}).trainable_parameters(meta_base(GPT2Config()))
+    assert set(BASELINES) == {"zero_shot", "few_shot", "lead", "majority"}
+    base = meta_base(GPT2Config())
+    for kind, baseline_class in BASELINES.items():
+        baseline = baseline_class.model_validate({})
+        assert not baseline.is_trainable
+        assert baseline.needs_model == (kind in {"zero_shot", "few_shot"})
+        if baseline.needs_model:
+            assert baseline.trainable_parameters(base) == 0
+        else:
+            with pytest.raises(TypeError, match=f"{kind.capitalize()} trains nothing"):
+                baseline.trainable_parameters(base)

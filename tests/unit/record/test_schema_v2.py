@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.common.fingerprint import fingerprint_recipe
+from peftbench.common.fingerprint import add_neutral_keys, fingerprint_recipe
 from peftbench.recipe.loader import load_recipe
 from peftbench.recipe.schema import Recipe
 from peftbench.record import SCHEMA_VERSION, RunRecord, read_record
@@ -56,15 +56,16 @@ def test_v2_record_without_generation_has_no_scores(tmp_path: Path) -> None:
     record = read_changed(tmp_path, recipe=recipe, quality=quality, recipe_fingerprint=fingerprint_recipe(recipe))
     assert record.quality is not None
     assert (record.quality.metrics, record.quality.headline_metric) == ({}, None)
-    assert Recipe.model_validate(record.recipe).evaluate.metrics == ()
-    assert record.recipe_fingerprint == Recipe.model_validate(record.recipe).fingerprint()
+    upgraded = Recipe.model_validate(add_neutral_keys(record.recipe))
+    assert upgraded.evaluate.metrics == ()
+    assert record.recipe_fingerprint == upgraded.fingerprint()
     assert read_changed(tmp_path, quality=None).quality is None
 
 
 def test_fingerprint_is_that_of_the_new_keys(tmp_path: Path) -> None:
     """A suite that finished before counts as finished; a fingerprint of another recipe is not replaced."""
     record = read_record(RECORD_V2)
-    assert record.recipe_fingerprint == Recipe.model_validate(record.recipe).fingerprint()
+    assert record.recipe_fingerprint == Recipe.model_validate(add_neutral_keys(record.recipe)).fingerprint()
     assert load_recipe([RECORD_V2], []).fingerprint() == record.recipe_fingerprint
     assert read_changed(tmp_path, recipe_fingerprint="0123456789abcdef").recipe_fingerprint == "0123456789abcdef"
 

@@ -162,7 +162,7 @@ def test_reproduce_commands_restore_the_recipe(text: str, tmp_path: Path, monkey
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     monkeypatch.chdir(checkout)
-    values = MINIMAL_RECIPE | {"output_dir": text, "data": MINIMAL_RECIPE["data"] | {"separator": text}}
+    values = MINIMAL_RECIPE | {"output_dir": text, "task": {"kind": "summarization", "separator": text}}
     recipe = parse_recipe(values)
     run_record = build_record(f"../{text}", "full", 1).model_copy(update={"recipe": recipe.model_dump(mode="json")})
     record_path = run_record.write(checkout / "runs")

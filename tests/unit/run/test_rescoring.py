@@ -10,6 +10,7 @@ import pytest
 from peftbench.data.sources import Files
 from peftbench.errors import OutOfRangeError, RecordError, UnknownKeyError
 from peftbench.evaluation.metrics.rouge import Rouge
+from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.recipe.schema import Evaluate, Recipe
@@ -19,6 +20,12 @@ from tests.helpers.summaries import load_summaries
 from tests.helpers.workshop import Workshop
 
 
+def build_recipe(workshop: Workshop, method: Method, **evaluate: Any) -> Recipe:
+    """Return a recipe that generates text, resolved like that of a record."""
+    values = {"metrics": None} | evaluate
+    return workshop.recipe(method, save_model=method.kind == "lora", evaluate=values).with_resolved_dtype()
+
+
 def with_evaluation(recipe: Recipe, **keys: Any) -> Recipe:
     """Return ``recipe`` with keys of ``evaluate`` replaced."""
     return recipe.model_copy(update={"evaluate": Evaluate(**{**recipe.evaluate.model_dump(), **keys})})
@@ -26,7 +33,7 @@ def with_evaluation(recipe: Recipe, **keys: Any) -> Recipe:
 
 def test_metrics_are_computed_again_from_the_outputs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure of a metric loses no text, and neither model nor data is needed for another attempt."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None, "saved_samples": 2})
+    recipe = build_recipe(workshop, Lora(r=2), saved_samples=2)
     complete = workshop.run(recipe)
 
     def fail(*_: object) -> dict[str, tuple[float, ...]]:
@@ -51,7 +58,7 @@ def test_metrics_are_computed_again_from_the_outputs(workshop: Workshop, monkeyp
 
 def test_metric_is_added_from_the_outputs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """It needs neither model nor data; other scores, the recipe and the headline metric stay."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None})
+    recipe = build_recipe(workshop, Lora(r=2))
     before = workshop.run(recipe)
     monkeypatch.setattr(Files, "load", lambda *_: pytest.fail("the data was loaded"))
     for _ in range(2):
@@ -72,7 +79,7 @@ def test_metric_is_added_from_the_outputs(workshop: Workshop, monkeypatch: pytes
 
 def test_recipe_of_the_scores_is_changed_from_the_outputs(workshop: Workshop) -> None:
     """Other metrics and another headline metric replace those of the record, and are in its recipe."""
-    recipe = workshop.recipe(Full(), evaluate={"metrics": None})
+    recipe = build_recipe(workshop, Full())
     workshop.run(recipe)
     keys = {"metrics": ("exact_match", "rouge"), "headline_metric": "rouge1"}
     changed = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=keys)})
@@ -108,7 +115,7 @@ def test_outputs_of_an_earlier_run_are_deleted(workshop: Workshop) -> None:
 @pytest.mark.parametrize("damage", ["{", '{"id": "0"}', ""])
 def test_damaged_outputs_are_refused(damage: str, workshop: Workshop) -> None:
     """The sentence names the line or the difference, and the record is unchanged."""
-    recipe = workshop.recipe(Full(), evaluate={"metrics": None})
+    recipe = build_recipe(workshop, Full())
     record = workshop.run(recipe)
     path = workshop.output / "run" / "outputs.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("\n", f"\n{damage}\n", 1), encoding="utf-8")
@@ -122,7 +129,7 @@ def test_damaged_outputs_are_refused(damage: str, workshop: Workshop) -> None:
 
 def test_outputs_are_not_scored_for_another_recipe(workshop: Workshop) -> None:
     """Only the settings of the intervals may change."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None})
+    recipe = build_recipe(workshop, Lora(r=2))
     workshop.run(recipe)
     with pytest.raises(OutOfRangeError, match="generated with another recipe"):
         rescore_outputs(recipe.model_copy(update={"method": Lora(r=64)}))

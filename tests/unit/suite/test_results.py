@@ -16,6 +16,7 @@ from peftbench.run_dir.layout import RunDir
 from peftbench.suite import results
 from peftbench.suite.results import ResultFinder, resolve_for_accelerate_config
 from peftbench.suite.slurm_jobs import _has_result
+from peftbench.tasks.auto import Auto
 from peftbench.training.auto_settings import resolve_for_launch
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.records import minimal_record
@@ -55,14 +56,15 @@ def test_resolved_record_equals_that_of_the_explicit_precision(recipe: Recipe) -
     train = recipe.train.model_copy(update={"precision": "fp32"})
     model = recipe.model.model_copy(update={"attention": "sdpa"})
     explicit = recipe.model_copy(update={"train": train, "model": model})
-    assert explicit.fingerprint() == resolve_for_launch(recipe)[0].fingerprint()
+    assert explicit.with_resolved_dtype().fingerprint() == resolve_for_launch(recipe)[0].fingerprint()
     assert ResultFinder().find_existing_result(explicit) is not None
 
 
 def test_explicit_recipe_keeps_its_result_without_its_model(workshop: Workshop, tmp_path: Path) -> None:
     """The folder of the model was moved; only ``auto`` settings would need it."""
     recipe = workshop.recipe(Full(), model={"path": str(tmp_path / "moved")})
-    values = {"recipe_fingerprint": recipe.fingerprint(), "data_fingerprint": recipe.data.source.fingerprint()}
+    fingerprint = recipe.with_resolved_dtype().fingerprint()
+    values = {"recipe_fingerprint": fingerprint, "data_fingerprint": recipe.data.source.fingerprint()}
     minimal_record(name=recipe.name, **values).write(RunDir.from_recipe(recipe).path)
     assert ResultFinder().find_existing_result(recipe) is not None
 
@@ -83,6 +85,20 @@ def test_result_of_a_stored_quantization_is_found(workshop: Workshop, tmp_path: 
     assert ResultFinder().find_existing_result(recipe) is not None
     assert _has_result(recipe)
     assert not _has_result(resolved)
+
+
+def test_job_may_resolve_its_task_and_the_type_of_frozen_weights(workshop: Workshop) -> None:
+    """A finished record of these values counts; without a device or columns to decide them, the data has changed."""
+    explicit = workshop.recipe(Lora(r=2)).with_resolved_dtype()
+    recipe = explicit.model_copy(update={"task": Auto()})
+    values = {"recipe_fingerprint": explicit.fingerprint(), "data_fingerprint": "changed"}
+    path = RunDir.from_recipe(recipe).path
+    minimal_record(name=recipe.name, recipe=explicit.model_dump(mode="json"), **values).write(path)
+    assert _has_result(recipe)
+    assert not _has_result(explicit)
+    assert not _has_result(workshop.recipe(Lora(r=2)))
+    auto = {"train": explicit.train.model_copy(update={"precision": "auto"})}
+    assert _has_result(workshop.recipe(Lora(r=2)).model_copy(update=auto))
 
 
 def test_recipe_without_a_record_is_not_resolved(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
