@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peftbench.data.readers.rows import Example
     from peftbench.data.segments import RenderingTask
 
-_CACHE_VERSION = 4  # part of the cache's key: increase it when encoding changes
+_CACHE_VERSION = 5  # part of the cache's key: increase it when encoding changes
 _BATCH_ROWS = 1000
 ENCODED_COLUMNS = ("input_ids", "label_spans", "needed", "prompt_needed", "cut_tokens", "cut_labels", "control_tokens")
 
@@ -197,6 +197,13 @@ class Encoder:
         segments = self._render(example, self._prompt_renderer.iter_variants(example))
         labels = [id for segment, ids in self._segments.tokenize(segments) if segment.is_label for id in ids]
         return sorted({self.eos_token_id, *(self._segments.control_ids & set(labels[-1:]))})
+
+    def measure_reference(self, example: Example) -> tuple[int, int]:
+        """Return the number of tokens of the reference, and of those after it that the template writes."""
+        segments = self._render(example, self._prompt_renderer.iter_variants(example))
+        parts = self._segments.tokenize(segments)[_find_last_labels(segments) :]
+        reference = list(itertools.takewhile(lambda part: part.segment.is_label, parts))
+        return sum(len(part.ids) for part in reference), sum(len(part.ids) for part in parts[len(reference) :])
 
     def encode_example(self, example: Example) -> dict[str, Any]:
         """Return the columns ``ENCODED_COLUMNS`` of one example; see :meth:`encode_batch`."""

@@ -145,10 +145,11 @@ def read_column_names(files: Mapping[Path, str], split: str) -> list[str]:
         EmptySplitError: it has no columns.
     """
     path, kind = next(iter(files.items()))
-    location = SplitLocation(split, str(path))
+    faults: list[DataError] = []  # of rows, which are reported when the rows are read
+    location = SplitLocation(split, str(path), faults)
     if names := _NAME_READERS[kind](location):
         return names
-    raise location.no_examples()
+    raise faults[0] if faults else location.no_examples()
 
 
 def hash_content(path: Path) -> str:
@@ -191,13 +192,18 @@ def check_is_file(path: Path, described: str) -> None:
 def _iter_files(
     files: Mapping[Path, str], columns: Columns, split: str, faults: list[DataError] | None = None
 ) -> Iterator[Mapping[str, str]]:
-    index = 0
+    num_rows = 0
+
+    def count(rows: Iterator[Row]) -> Iterator[Row]:
+        nonlocal num_rows
+        for row in rows:
+            num_rows += 1
+            yield row
+
     for path, kind in files.items():
         location = SplitLocation(split, str(path), faults)
-        for example in iter_examples(READERS[kind](location, columns), columns, location, index):
-            index += 1
-            yield example
-    if not index and not faults:
+        yield from iter_examples(count(READERS[kind](location, columns)), columns, location, num_rows)
+    if not num_rows:
         raise _no_examples(list(files), split)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy
 from pydantic import Field, field_validator
 
+from peftbench.common.renamed_keys import MOVED_KEYS
 from peftbench.data.base import Source
 from peftbench.errors import MissingColumnError
 
@@ -93,7 +94,11 @@ class Synthetic(Source):
         )
 
     def fingerprint(self, split: str | None = None) -> str:
-        return hashlib.blake2b((self.model_dump_json() + _WORDS).encode(), digest_size=16).hexdigest()
+        content = self.model_dump_json()
+        for old, new in MOVED_KEYS.items():  # the content did not change with the names of its keys
+            if new.startswith("data.source."):
+                content = content.replace(f'"{new.rpartition(".")[2]}"', f'"{old.rpartition(".")[2]}"')
+        return hashlib.blake2b((content + _WORDS).encode(), digest_size=16).hexdigest()
 
     def _make_generator(self, split: str) -> numpy.random.Generator:
         return numpy.random.default_rng([self.seed, SPLIT_SEEDS[split]])

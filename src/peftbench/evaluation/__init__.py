@@ -1,1 +1,1 @@
-"""Evaluation: held-out loss, generated summaries, metrics and confidence intervals."""
+"""Evaluation: held-out loss, generated texts, choices, metrics and confidence intervals."""

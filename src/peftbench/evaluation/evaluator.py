@@ -182,7 +182,17 @@ class Evaluator:
         batch = self._collate(rows)
         with self.context.autocast(), self.loss_fn.attention_context():
             best = self.loss_fn.logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
-        return [self.encoder.decode(one.tolist(), self._stop_ids) for one in _split_by_row(rows, best)]
+        references = (
+            self._select_reference(row, one) for row, one in zip(rows, _split_by_row(rows, best), strict=True)
+        )
+        return [self.encoder.decode(one.tolist(), self._stop_ids) for one in references]
+
+    def _select_reference(self, row: dict[str, Any], token_values: torch.Tensor) -> torch.Tensor:
+        """Return the values at the labels of the reference, out of those at all labels of the row."""
+        length, after = self.encoder.measure_reference(row)
+        labeled_after = max(0, row["label_spans"][-1] - (len(row["input_ids"]) - after))
+        end = len(token_values) - labeled_after
+        return token_values[max(0, end - length) : end]
 
     @torch.no_grad()
     def _generate(self, rows: list[dict[str, Any]]) -> list[str]:

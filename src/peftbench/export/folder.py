@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from peftbench.common.filesystem import as_os_error, path_exists, write_atomically, write_error
+from peftbench.common.fingerprint import add_neutral_keys
 from peftbench.errors import MergeError, MissingFileError, OutOfRangeError, OutputError, RecordError
 from peftbench.export.base_reference import BaseReference, find_base
 from peftbench.export.comparison import LogitComparison
@@ -66,7 +67,7 @@ def export_model(request: ExportRequest) -> Export:
         PeftbenchError: the run or the request does not allow it; nothing is left behind.
     """
     run = _find_run(request.run)
-    recipe = parse_recipe(run.record.recipe)
+    recipe = parse_recipe(add_neutral_keys(run.record.recipe))
     output = request.output or Path(DEFAULT_EXPORT_DIR) / (run.record.name + "-merged" * request.merge)
     if path_exists(output):
         raise OutputError(f"{output} exists", "give another folder with --output, or remove it")

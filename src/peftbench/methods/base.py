@@ -39,6 +39,8 @@ class Method(ConfigSection):
     """True if it trains anything; False for baselines."""
     needs_model: ClassVar[bool] = True
     """True if it uses the base model; False for baselines that only copy text."""
+    predicts_choices: ClassVar[bool] = False
+    """True for a baseline without a model that predicts one of an example's choices."""
     reads_training_split: ClassVar[bool] = False
     """True for a baseline that reads the training split though it trains nothing."""
     keeps_base_frozen: ClassVar[bool] = False

@@ -74,6 +74,8 @@ class Majority(Method):
 
     is_trainable: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    freezes_weights: ClassVar[bool] = False
+    predicts_choices: ClassVar[bool] = True
     reads_training_split: ClassVar[bool] = True
 
     kind: Literal["majority"] = "majority"
@@ -82,13 +84,13 @@ class Majority(Method):
     def build_predictor(self, read_training_targets: Callable[[], list[Target]]) -> Predictor:
         targets = read_training_targets()
         text = _find_most_common([target.text for target in targets])
-        positions = [target.choice for target in targets if target.choice is not None]
+        counts = Counter(target.choice for target in targets if target.choice is not None)
+        ranked = sorted(counts, key=lambda position: (-counts[position], position))
 
         def predict(prompt: str, choices: Sequence[str]) -> Target:
-            known = [position for position in positions if position < len(choices)]
             if not choices:
                 return Target(text)
-            index = _find_most_common(known) if known else 0
+            index = next((position for position in ranked if position < len(choices)), 0)
             return Target(choices[index], index)
 
         return predict

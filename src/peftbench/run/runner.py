@@ -172,6 +172,7 @@ class Run:
         with probe.phase("build"):
             encoder = build_encoder(recipe, base_model)
             held_out = load_examples(state, encoder, recipe.evaluate.split)
+            state.stop_ids = encoder.find_stop_ids(held_out[0]) if recipe.task.evaluation == "generate" else []
             adapted_model = adapt_model(state, base_model)
             if trained_dir is not None:
                 if recipe.method.keeps_base_frozen:  # else the trained weights are loaded already

@@ -62,6 +62,8 @@ class RunState:
     """Labeled tokens that are cut, by split."""
     num_with_control_tokens: dict[str, int] = field(default_factory=dict)
     """Examples with control tokens in their text, by split."""
+    stop_ids: list[int] = field(default_factory=list)
+    """Ids that end a generated text; none if the task generates nothing."""
     split_overlap: SplitOverlap | None = None
     data_fingerprint: str | None = None
     training_data_fingerprint: str | None = None

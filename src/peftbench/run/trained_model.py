@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ from peftbench.distributed.sharding import full_weights
 from peftbench.errors import DiskFullError, RecordError
 from peftbench.modeling.loading import compute_config_fingerprint, read_base_fingerprint
 from peftbench.modeling.saved_tokenizer import save_tokenizer
-from peftbench.record import RunRecord, read_record
+from peftbench.record import SCHEMA_VERSION, RunRecord, read_record
 from peftbench.run_dir.saved_model import TrainingIdentity, describes_model, read_training_identity
 from peftbench.training.build import load_trained_base_model
 
@@ -69,7 +70,7 @@ def _write_model(state: RunState, adapted_model: AdaptedModel) -> None:
     try:
         shutil.rmtree(partial_dir, ignore_errors=True)  # of a run that was killed
         state.recipe.method.save(adapted_model.model, partial_dir)
-        adapted_model.base.model.generation_config.save_pretrained(partial_dir)  # an adapter has none of its own
+        _save_generation_config(adapted_model, state.stop_ids, partial_dir)
         tokenizer = adapted_model.base.tokenizer
         save_tokenizer(tokenizer, state.recipe.task.find_chat_template(tokenizer), partial_dir)
         _build_training_identity(state, adapted_model).write(partial_dir)
@@ -79,6 +80,15 @@ def _write_model(state: RunState, adapted_model: AdaptedModel) -> None:
         if isinstance(error, (OSError, SafetensorError)):
             raise write_error(model_dir, as_os_error(error)) from error
         raise
+
+
+def _save_generation_config(adapted_model: AdaptedModel, stop_ids: Sequence[int], folder: Path) -> None:
+    """Save the generation config, which an adapter lacks, with the ids that end a generated text."""
+    config = copy.deepcopy(adapted_model.base.model.generation_config)
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ids = sorted({*stop_ids, *(id for id in known if id is not None)})
+    config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    config.save_pretrained(folder)
 
 
 def _replace_folder(folder: Path, new: Path) -> None:
@@ -93,6 +103,7 @@ def _replace_folder(folder: Path, new: Path) -> None:
 
 def _build_training_identity(state: RunState, adapted_model: AdaptedModel) -> TrainingIdentity:
     return TrainingIdentity(
+        schema_version=SCHEMA_VERSION,
         run=state.recipe.name,
         started_at=state.started_at,
         training_fingerprint=state.requested_recipe.fingerprint_training(),

@@ -10,15 +10,18 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from peftbench.common.filesystem import write_atomically
-from peftbench.common.fingerprint import fingerprint_training
+from peftbench.common.fingerprint import fingerprint_measured_training, fingerprint_training
 from peftbench.common.schema import RecordModel
-from peftbench.record import RunRecord
+from peftbench.errors import RecordError
+from peftbench.record import SCHEMA_VERSION, RunRecord, read_record
 from peftbench.run_dir.layout import TRAINING_FILE, RunDir
 
 
 class TrainingIdentity(RecordModel):
     """The training that a saved model comes from."""
 
+    schema_version: int = 2
+    """Schema of the record whose recipe keys the fingerprints are of; files of schema 2 do not state it."""
     run: str
     """Name of the run."""
     started_at: str
@@ -46,9 +49,26 @@ class TrainingIdentity(RecordModel):
 def read_training_identity(run_dir: Path) -> TrainingIdentity | None:
     """Return the training that the saved model in ``run_dir`` comes from, None if it has no such model."""
     try:
-        return TrainingIdentity.model_validate_json((RunDir(run_dir).model_dir / TRAINING_FILE).read_bytes())
+        identity = TrainingIdentity.model_validate_json((RunDir(run_dir).model_dir / TRAINING_FILE).read_bytes())
     except (OSError, ValidationError):
         return None
+    return identity if identity.schema_version == SCHEMA_VERSION else _upgrade_identity(run_dir, identity)
+
+
+def _upgrade_identity(run_dir: Path, identity: TrainingIdentity) -> TrainingIdentity:
+    """Return the identity with the fingerprints of the current keys, from the record of the same training."""
+    try:
+        record = read_record(RunDir(run_dir).record_file)
+    except RecordError:
+        return identity
+    if record.started_at != identity.started_at:
+        return identity
+    fingerprints = {
+        "schema_version": SCHEMA_VERSION,
+        "training_fingerprint": fingerprint_training(record.recipe),
+        "measurement_fingerprint": fingerprint_measured_training(record.recipe),
+    }
+    return identity.model_copy(update=fingerprints)
 
 
 def has_model_of(run_dir: Path, record: RunRecord) -> bool:

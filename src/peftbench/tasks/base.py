@@ -103,7 +103,7 @@ class Task(ConfigSection):
         raise NotImplementedError
 
     def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
-        """Return the example with solved examples before its prompt.
+        """Return the example with solved examples before its prompt, which are not labeled.
 
         Raises:
             OutOfRangeError: the task has no such prompts.

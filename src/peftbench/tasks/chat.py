@@ -64,7 +64,8 @@ class Chat(Task):
     def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
         messages = json.loads(example["messages"])
         num_leading = next((index for index, one in enumerate(messages) if one["role"] in {"user", "assistant"}), 0)
-        solved = [one for shot in shots for one in json.loads(shot["messages"]) if one["role"] != "system"]
+        given = (one for shot in shots for one in json.loads(shot["messages"]) if one["role"] != "system")
+        solved = [one | {"weight": 0} if one["role"] == "assistant" else one for one in given]
         return {**example, "messages": json.dumps([*messages[:num_leading], *solved, *messages[num_leading:]])}
 
     def get_prompt(self, example: Example) -> str:

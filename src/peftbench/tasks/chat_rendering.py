@@ -46,8 +46,8 @@ class ChatRenderer:
         """Yield the conversation, then the same without its first turns, up to the last question and answer."""
         messages = [self._escape(message) for message in json.loads(example["messages"])]
         num_leading = next((index for index, one in enumerate(messages) if one["role"] in {"user", "assistant"}), 0)
-        starts = [index for index, one in enumerate(messages) if one["role"] == "user" and index >= num_leading]
-        for start in starts or [num_leading]:
+        starts = [index for index, one in enumerate(messages) if one["role"] == "user" and index > num_leading]
+        for start in [num_leading, *starts]:
             yield self._render_segments([*messages[:num_leading], *messages[start:]])
 
     def _escape(self, message: Message) -> Message:
@@ -93,7 +93,7 @@ class ChatRenderer:
             text, spans = self._render_with_generation_blocks(messages)
         else:
             text = self._render(messages)
-            indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            indices = [index for index, message in enumerate(messages) if _is_labeled(message)]
             spans = [self._find_turn(messages, index, text) for index in indices[-1:] if self._labels != "assistant"]
             spans = spans or [self._find_turn(messages, index, text) for index in indices]
         if self._labels == "last_assistant":
@@ -108,7 +108,21 @@ class ChatRenderer:
     def _render_with_generation_blocks(self, messages: list[Message]) -> tuple[str, list[Span]]:
         text, spans = self._call_template(messages, return_assistant_tokens_mask=True)
         self._check_prompt(messages, text, spans)
-        return text, spans
+        if not any(text[start:end].strip() for start, end in spans):
+            return text, []
+        turns = [message for message in messages if message["role"] == "assistant"]
+        if len(turns) == len(spans):
+            spans = [span for span, message in zip(spans, turns, strict=True) if _is_labeled(message)]
+        return text, [(start, self._find_end(text, end)) for start, end in spans]
+
+    def _find_end(self, text: str, end: int) -> int:
+        """Return the end of a turn with the special token that follows it, which ends the turn in generation too."""
+        if next((match for match in self._special.finditer(text[:end]) if match.end() == end), None) is not None:
+            return end
+        following = self._special.match(text, end)
+        if following is None:
+            raise self._has_no_end()
+        return following.end()
 
     def _check_prompt(self, messages: list[Message], text: str, spans: list[Span]) -> None:
         """Check that the last labeled part follows exactly on the prompt of a generation."""
@@ -124,7 +138,15 @@ class ChatRenderer:
             raise self._differs(index + 1)
         # What follows the turn's last special token, e.g. a line break, is written by the template, never generated.
         specials = [match.end() for match in self._special.finditer(turn, len(prompt))]
-        return len(prompt), specials[-1] if specials else len(turn)
+        if not specials:
+            raise self._has_no_end()
+        return len(prompt), specials[-1]
+
+    def _has_no_end(self) -> RenderError:
+        return RenderError(
+            "has an assistant turn without an end: the chat template writes no special token after it",
+            "set task.chat_template=plain, or write {{ eos_token }} after the assistant's messages in your template",
+        )
 
     def _differs(self, number: int) -> RenderError:
         advice = "set task.chat_template to another template"
@@ -151,3 +173,8 @@ class ChatRenderer:
                 "correct the conversation, or set task.chat_template to another template",
             ) from error
         return rendered[0], [(start, end) for start, end in spans[0]] if spans else []
+
+
+def _is_labeled(message: Message) -> bool:
+    """True for an assistant turn, unless its ``weight`` (as in OpenAI's format) is 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0

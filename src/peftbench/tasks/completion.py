@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from peftbench.data.readers.rows import Example
 from peftbench.data.segments import Segment
+from peftbench.errors import OutOfRangeError
 from peftbench.tasks.base import Task
 
 
@@ -43,6 +44,11 @@ class Completion(Task):
         )
 
     def add_shots(self, example: Example, shots: Sequence[Example]) -> Example:
+        if self.labels == "all":
+            raise OutOfRangeError(
+                "method.kind=few_shot labels only completions, and task.labels=all labels prompts too",
+                "set task.labels=completion in every run of the comparison",
+            )
         solved = (f"{shot['prompt']}{self.separator}{shot['completion']}\n\n" for shot in shots)
         return {**example, "prompt": "".join(solved) + example["prompt"]}
 
@@ -65,6 +71,9 @@ def build_completion(
     between = (Segment(stripped, is_template=True),) if stripped else ()
     is_label = labels == "all"
     return (
-        *(Segment(part.text, is_label, part.is_template, part.cut) for part in (*prompt, *between)),
+        *(
+            Segment(part.text, is_label, part.is_template, part.cut, is_continuation=index > 0)
+            for index, part in enumerate((*prompt, *between))
+        ),
         Segment(spaces + completion, is_label=True, is_continuation=True),
     )

@@ -46,6 +46,7 @@ def check_splits(recipe: Recipe, *, evaluate_only: bool = False) -> None:
         DataError: a file, a column or a first example is not usable, or the split of ``evaluate.interval`` is missing.
     """
     method = recipe.method
+    _check_baseline(recipe)
     reads_training = method.is_trainable or method.reads_training_split or method.num_shots
     needs_training = reads_training and not evaluate_only
     for split in dict.fromkeys([recipe.evaluate.split, *(["train"] if needs_training else [])]):
@@ -53,6 +54,20 @@ def check_splits(recipe: Recipe, *, evaluate_only: bool = False) -> None:
     if needs_training and recipe.evaluate.interval is not None:
         with explain_interval_split():
             recipe.data.source.check(INTERVAL_SPLIT, select_columns(recipe))
+
+
+def _check_baseline(recipe: Recipe) -> None:
+    """Check that a baseline without a model has something to predict.
+
+    Raises:
+        OutOfRangeError: it has not.
+    """
+    method, evaluation = recipe.method, recipe.task.evaluation
+    if not method.needs_model and (evaluation == "loss" or (evaluation == "choices" and not method.predicts_choices)):
+        raise OutOfRangeError(
+            f"method.kind={method.kind} does not support task.kind={recipe.task.kind}",
+            "leave it out of the comparison, or use zero_shot",
+        )
 
 
 def select_columns(recipe: Recipe) -> Columns:
@@ -106,7 +121,8 @@ def load_encoded_split(recipe: Recipe, encoder: Encoder, split: str, accelerator
     """Return the encoded subsample of a split; the main process encodes it, the others read its cache."""
 
     def encode() -> EncodedSplit:
-        is_evaluated = split == recipe.evaluate.split
+        config = recipe.evaluate
+        is_evaluated = split == config.split or (split == INTERVAL_SPLIT and config.interval_metrics)
         dataset = load_split(recipe, split)
         if is_evaluated and recipe.method.num_shots:
             dataset = add_shots(dataset, load_split(recipe, "train"), recipe)

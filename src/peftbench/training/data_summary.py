@@ -47,7 +47,7 @@ class DataSummary:
     num_cut: int
     """Examples that are cut and kept."""
     num_cut_labels: int
-    """Labeled tokens that are cut, over all examples."""
+    """Labeled tokens that are cut, over the examples that are kept."""
     num_dropped: int
     """Examples that do not fit even when they are cut; a run refuses or drops them."""
     num_with_control_tokens: int
@@ -99,14 +99,18 @@ def summarize_split(recipe: Recipe, encoder: Encoder, split: str, num_shown: int
     columns: dict[str, Any] = {name: encoded[name] for name in ENCODED_COLUMNS if name != "input_ids"}
     kept_lengths = [len(ids) for ids in encoded["input_ids"]]
     limit = encoder.layout.max_length
-    fits = [needed <= limit for needed in columns["needed"]]
+    prompt_limit = limit - encoder.layout.max_new_tokens if split == recipe.evaluate.split else limit
+    fits = [
+        needed <= limit and prompt <= prompt_limit
+        for needed, prompt in zip(columns["needed"], columns["prompt_needed"], strict=True)
+    ]
     return DataSummary(
         split=split,
         max_length=limit,
         lengths=[kept + cut for kept, cut in zip(kept_lengths, columns["cut_tokens"], strict=True)],
         num_labels=[count_labels(spans) for spans, fit in zip(columns["label_spans"], fits, strict=True) if fit],
         num_cut=sum(cut > 0 and fit for cut, fit in zip(columns["cut_tokens"], fits, strict=True)),
-        num_cut_labels=sum(columns["cut_labels"]),
+        num_cut_labels=sum(cut for cut, fit in zip(columns["cut_labels"], fits, strict=True) if fit),
         num_dropped=fits.count(False),
         num_with_control_tokens=sum(count > 0 for count in columns["control_tokens"]),
         shown=[

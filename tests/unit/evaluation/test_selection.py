@@ -21,6 +21,7 @@ from peftbench.evaluation.metrics.selection import (
 from peftbench.evaluation.metrics.user_function import UserFunction
 from peftbench.methods.full import Full
 from peftbench.recipe.schema import Recipe
+from peftbench.tasks import TASKS
 from peftbench.tasks.auto import Auto
 from tests.helpers.recipe_files import REQUIRED_KEYS
 
@@ -199,3 +200,19 @@ def test_user_module_that_cannot_be_imported_is_one_sentence(user_module: str, t
     (tmp_path / "faulty_metric_of_test.py").write_text("1 / 0\n", encoding="utf-8")
     with pytest.raises(MetricError, match=r"cannot be imported: ZeroDivisionError: division by zero"):
         check_metrics(build_recipe(metrics=["faulty_metric_of_test:function"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "need"),
+    [
+        ("completion", "choice_accuracy", "log-likelihoods of choices"),
+        ("text", "rouge", "generated text"),
+        ("choices", "exact_match", "generated text"),
+    ],
+)
+def test_metric_that_the_task_cannot_serve_is_refused(task: str, metric: str, need: str) -> None:
+    """It would fail after the training."""
+    recipe = build_recipe(metrics=[metric]).model_copy(update={"task": TASKS[task].with_defaults()})
+    with pytest.raises(OutOfRangeError, match=f"{metric}, which needs {need}, and task.kind={task} has none"):
+        check_metrics(recipe)
+    check_metrics(build_recipe(metrics=["perplexity"]).model_copy(update={"task": TASKS[task].with_defaults()}))

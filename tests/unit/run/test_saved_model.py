@@ -25,6 +25,7 @@ from peftbench.run.outcome import UNEVALUATED
 from peftbench.run.record_builder import add_evaluation
 from peftbench.run.runner import Run
 from peftbench.run_dir.results import load_existing_result
+from peftbench.run_dir.saved_model import has_model_of
 from peftbench.training import loop
 from tests.helpers.corpus import examples, write_corpus
 from tests.helpers.methods import every_method
@@ -84,6 +85,22 @@ def test_saved_model_is_evaluated_to_the_same_quality(
     assert record.model_dump(exclude=changed) == trained.model_dump(exclude=changed)
     kept = {"load", "build", "train", "save"}
     assert {name: record.phase_seconds[name] for name in kept} == {name: trained.phase_seconds[name] for name in kept}
+
+
+def test_model_of_an_earlier_schema_is_evaluated(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training.json has fingerprints of keys that have other names now, and belongs to the record by its start."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True)
+    record = workshop.run(recipe)
+    file = workshop.output / "run" / "model" / "training.json"
+    identity = json.loads(file.read_text(encoding="utf-8"))
+    assert identity.pop("schema_version") == record.schema_version
+    earlier = identity | {"training_fingerprint": "earlier", "measurement_fingerprint": "earlier"}
+    file.write_text(json.dumps(earlier), encoding="utf-8")
+    assert has_model_of(workshop.output / "run", record)
+    forbid_training(monkeypatch)
+    assert evaluate(recipe).outcome.kind == "ok"
+    file.write_text(json.dumps(earlier | {"started_at": "2026-01-01T00:00:00+00:00"}), encoding="utf-8")
+    assert not has_model_of(workshop.output / "run", record)
 
 
 def test_generation_out_of_memory_keeps_model_and_loss(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

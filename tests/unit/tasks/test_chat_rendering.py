@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
-from peftbench.data.encode import count_labels
+from peftbench.data.encode import count_labels, iter_spans
 from peftbench.errors import DataError, SequenceTooShortError
+from peftbench.evaluation.evaluator import Evaluator
 from peftbench.tasks.chat import Chat
 from tests.helpers.conversations import (
     CHATML,
@@ -108,15 +112,60 @@ def test_generation_blocks_of_a_template_are_the_labels(labels: str) -> None:
     assert label(TWO_TURNS, BLOCKS_TEMPLATE, labels=labels) == label(TWO_TURNS, labels=labels)
 
 
-def test_generation_blocks_need_not_have_the_end_token() -> None:
-    """The template alone decides where its blocks end."""
+def test_end_token_after_a_generation_block_is_labeled() -> None:
+    """The model must learn to end its turn, wherever the template writes the token."""
     template = BLOCKS_TEMPLATE.replace(
         "+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}"
     )
     assert template != BLOCKS_TEMPLATE
     assert label([user("Hi"), assistant("Hello")], template) == (
-        "{im_start}user\nHi{im_end}\n{im_start}assistant\n[Hello]{im_end}\n"
+        "{im_start}user\nHi{im_end}\n{im_start}assistant\n[Hello{im_end}]\n"
     )
+
+
+@pytest.mark.parametrize("template", [CHATML, BLOCKS_TEMPLATE], ids=["turns", "blocks"])
+def test_turn_without_an_end_token_is_refused(template: str) -> None:
+    """A template whose end token is not one of the tokenizer's would train a model that never stops."""
+    tokenizer = character_tokenizer(template=template)  # without ChatML's special tokens
+    with pytest.raises(DataError, match=r"has an assistant turn without an end: .* set task\.chat_template=plain"):
+        chat_encoder(tokenizer, Chat()).encode_example(as_conversation([user("Hi"), assistant("Hello")]))
+
+
+def test_greeting_before_the_first_question_is_kept() -> None:
+    """A conversation that fits is rendered whole, also if the assistant starts it."""
+    messages = [SYSTEM, assistant("Welcome"), user("Hi"), assistant("Hello")]
+    assert "assistant\n[Welcome{im_end}]\n{im_start}user" in label(messages)
+
+
+def test_turn_with_weight_0_is_not_labeled() -> None:
+    """It is OpenAI's key to leave a turn out of the loss."""
+    messages = [user("Hi"), assistant("Hello") | {"weight": 0}, user("Bye"), assistant("See you") | {"weight": 1}]
+    expected = "assistant\nHello{im_end}\n{im_start}user\nBye{im_end}\n{im_start}assistant\n[See you{im_end}]\n"
+    assert label(messages).endswith(expected)
+    assert label(messages, BLOCKS_TEMPLATE).endswith(expected)
+
+
+@pytest.mark.parametrize("labels", ["assistant", "last_assistant", "all"])
+def test_reference_is_found_among_the_labels(labels: str) -> None:
+    """The values at the last answer and its end token are selected out of those at all labels."""
+    tokenizer = chatml_tokenizer()
+    encoder = chat_encoder(tokenizer, Chat(labels=labels))  # type: ignore[arg-type]
+    row = encoder.encode_example(as_conversation(TWO_TURNS))
+    labeled = [id for start, end in iter_spans(row["label_spans"]) for id in row["input_ids"][max(1, start) : end]]
+    evaluator = SimpleNamespace(encoder=encoder)
+    example = {**as_conversation(TWO_TURNS), **row}
+    selected = Evaluator._select_reference(evaluator, example, torch.tensor(labeled))  # type: ignore[arg-type]
+    assert encoder.decode(selected.tolist(), encoder.find_stop_ids(example)) == "See you"
+    assert len(selected) == len("See you") + 1
+
+
+def test_few_shot_labels_only_the_examples_own_turns() -> None:
+    """The turns of the training examples are context."""
+    example = as_conversation([SYSTEM, user("Q"), assistant("A")])
+    shown = Chat().add_shots(example, [as_conversation([SYSTEM, user("Hi"), assistant("Hello")])])
+    listing = label(json.loads(shown["messages"]))
+    assert listing.count("[") == 1
+    assert listing.endswith("assistant\nHello{im_end}\n{im_start}user\nQ{im_end}\n{im_start}assistant\n[A{im_end}]\n")
 
 
 def test_spaces_around_an_answer_are_kept() -> None:

@@ -13,15 +13,19 @@ import torch
 
 from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.data.sources import Files
+from peftbench.errors import OutOfRangeError
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.outputs import Predictions, build_outputs, read_outputs
-from peftbench.methods.baselines import Lead, ZeroShot
+from peftbench.methods.base import Method
+from peftbench.methods.baselines import Lead, Majority, ZeroShot
 from peftbench.methods.lora import Lora
 from peftbench.run_dir.layout import RunDir
+from peftbench.tasks.base import Task
 from peftbench.tasks.chat import Chat
 from peftbench.tasks.choices import Choices
 from peftbench.tasks.completion import Completion
 from peftbench.tasks.text import Text
+from peftbench.training.data import check_splits
 from peftbench.training.overlap import find_overlap
 from tests.helpers.conversations import assistant, user
 from tests.helpers.training import single_process_context, wrap_model
@@ -194,3 +198,12 @@ def test_choices_have_the_log_likelihood_of_their_tokens(
     assert [output.reference for output in outputs] == ["bridge", "60", "no"]
     best = [max(choices, key=lambda choice: choice.log_likelihood).text for choices in scores]
     assert [output.prediction for output in outputs] == best
+
+
+@pytest.mark.parametrize(
+    ("method", "task"), [(Lead(), Choices()), (Lead(), Text()), (Majority(), Text())], ids=["lead", "text", "majority"]
+)
+def test_baseline_without_anything_to_predict_is_refused(method: Method, task: Task, workshop: Workshop) -> None:
+    """Its score would mean nothing."""
+    with pytest.raises(OutOfRangeError, match=f"method.kind={method.kind} does not support task.kind={task.kind}"):
+        check_splits(workshop.recipe(method, task=task))

@@ -61,6 +61,7 @@ def iter_csv_rows(location: SplitLocation, columns: Columns) -> Iterator[Row]:
         for line, cells in records:
             if len(cells) != len(header):
                 location.report(_count_fault(line, len(cells), len(header), location))
+                yield line, ()
                 continue
             yield (
                 line,

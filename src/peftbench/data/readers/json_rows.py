@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -73,11 +73,11 @@ def iter_json_rows(location: SplitLocation, columns: Columns) -> Iterator[Row]:
             if head and name not in names:
                 raise location.missing_column(name, names)
         for line, pairs in itertools.chain(head, objects):
+            cells: Sequence[Cell] = ()
             try:
-                cells = _read_cells(pairs, columns, line, location)
+                cells = () if pairs is None else _read_cells(pairs, columns, line, location)
             except DataError as error:
                 location.report(error)
-                continue
             yield line, cells
 
 
@@ -91,18 +91,18 @@ def read_json_names(location: SplitLocation) -> list[str]:
         return _list_names(itertools.islice(_iter_objects(file, location), _HEAD_ROWS))
 
 
-def _list_names(objects: Iterable[tuple[int, _Object]]) -> list[str]:
-    return list(dict.fromkeys(name for _, pairs in objects for name, _ in pairs))
+def _list_names(objects: Iterable[tuple[int, _Object | None]]) -> list[str]:
+    return list(dict.fromkeys(name for _, pairs in objects for name, _ in pairs or ()))
 
 
-def _iter_objects(file: TextIO, location: SplitLocation) -> Iterator[tuple[int, _Object]]:
-    """Yield the line and the content of each object."""
+def _iter_objects(file: TextIO, location: SplitLocation) -> Iterator[tuple[int, _Object | None]]:
+    """Yield the line and the content of each object, None for one whose fault was reported."""
     is_first = True
     for number, line in enumerate(file, 1):
         if not line.strip(JSON_SPACES):
             continue
         if is_first and line.lstrip(JSON_SPACES).startswith("["):
-            if Path(location.path).suffix != ".json":
+            if ".json" not in Path(location.path).suffixes[-2:]:
                 raise location.unreadable(
                     "json",
                     f"line {number} starts an array, and a JSON lines file has one object on each line",
@@ -115,7 +115,7 @@ def _iter_objects(file: TextIO, location: SplitLocation) -> Iterator[tuple[int, 
             content = _parse_line(line, number, location)
         except DataError as error:
             location.report(error)
-            continue
+            content = None
         yield number, content
 
 

@@ -30,7 +30,10 @@ def to_printable(text: str, max_length: int = 60) -> str:
 Cell = str | CellFault | None
 """Text as it is written; None: missing."""
 Row = tuple[int | None, Sequence[Cell]]
-"""Line of the file (None where a file has no lines), and the cells of the used columns in their order."""
+"""Line of the file (None where a file has no lines), and the cells of the used columns in their order.
+
+No cells: the row has a fault that was reported.
+"""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ class SplitLocation:
             return MissingColumnError(f"{fault}: its values are separated by {separator}", "separate them by commas")
         shown = [to_printable(known) for known in names[:_SHOWN_NAMES]]
         more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-        return MissingColumnError(f"{fault}; {did_you_mean(name, shown)}{more}")
+        number = "; to number the rows instead, set data.source.id=null" if name == "id" else ""
+        return MissingColumnError(f"{fault}; {did_you_mean(name, shown)}{more}{number}")
 
     def repeated_column(self, name: str) -> DataError:
         """Return the error of a used column whose name occurs more than once."""
@@ -178,6 +182,8 @@ def iter_examples(
         DataError: a cell is empty or has the wrong type, or the task cannot use the row.
     """
     for index, (line, cells) in enumerate(rows, first_index):
+        if not cells:
+            continue
         place = f"example {index}" + (f" (line {line})" if line is not None else "")
         try:
             example = {"id": str(index)} | _read_cells(cells, columns, location, place)

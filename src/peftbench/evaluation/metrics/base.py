@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Needs = Literal["generated", "choices", "losses"]
 """generated: texts; choices: log-likelihoods of choices; losses: the held-out loss of each example."""
 
-_NEED_NAMES: dict[Needs, str] = {
+NEED_NAMES: dict[Needs, str] = {
     "generated": "generated text",
     "choices": "log-likelihoods of choices",
     "losses": "held-out losses",
@@ -73,7 +73,7 @@ class Metric(ABC):
         for output in outputs:
             if getattr(output, self.needs) is None or (self.needs == "choices" and output.answer is None):
                 raise RecordError(
-                    f"the metric {self.name} needs {_NEED_NAMES[self.needs]}, which the outputs lack",
+                    f"the metric {self.name} needs {NEED_NAMES[self.needs]}, which the outputs lack",
                     "leave the metric out, or evaluate the model with it, without --from-outputs",
                 )
 

@@ -84,4 +84,5 @@ def _parse(number: str) -> list[object]:
     from math_verify import parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that the limits are off
-    return list(parse(number, parsing_timeout=None))
+    plain = number.replace("\u2212", "-").replace("$", "").replace(",", "")
+    return list(parse(plain, parsing_timeout=None))

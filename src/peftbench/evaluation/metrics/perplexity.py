@@ -38,5 +38,9 @@ class Perplexity(LossMetric):
         return {"perplexity": compute_pseudo_values(statistics, _compute_perplexity)}
 
 
+_MAX_LOSS = 700.0
+"""Loss in nats up to which the exponential is a float; a larger one counts as this."""
+
+
 def _compute_perplexity(sums: NDArray[numpy.float64]) -> float:
-    return math.exp(sums[0] / sums[1])
+    return math.exp(min(sums[0] / sums[1], _MAX_LOSS))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from peftbench.errors import OutOfRangeError, UnknownKeyError, did_you_mean
-from peftbench.evaluation.metrics.base import Metric
+from peftbench.evaluation.metrics.base import NEED_NAMES, Metric
 from peftbench.evaluation.metrics.registry import METRICS
 from peftbench.evaluation.metrics.user_function import SEPARATOR, UserFunction
 
@@ -66,7 +66,8 @@ def check_metrics(recipe: Recipe) -> None:
 
     Raises:
         UnknownKeyError: there is no such metric.
-        OutOfRangeError: these metrics do not compute the headline metric, or nothing scores teacher-forced text.
+        OutOfRangeError: the task lacks what a metric needs, these metrics do not compute the headline metric, or
+            nothing scores teacher-forced text.
         MetricError: a metric's library is missing, or its code cannot be imported.
     """
     metrics = select_metrics(recipe)
@@ -74,6 +75,8 @@ def check_metrics(recipe: Recipe) -> None:
         metric.check()
     if _has_unknown_metrics(recipe):
         return  # a run checks them once it has resolved the task
+    for metric in metrics:
+        _check_task(metric, recipe)
     headline = recipe.evaluate.headline_metric
     if headline is not None and not any(metric.may_have_score(headline) for metric in metrics):
         names = [name for metric in metrics for name in metric.scores]
@@ -88,3 +91,20 @@ def check_metrics(recipe: Recipe) -> None:
 
 def _has_unknown_metrics(recipe: Recipe) -> bool:
     return recipe.evaluate.metrics is None and not recipe.task.is_resolved
+
+
+def _check_task(metric: Metric, recipe: Recipe) -> None:
+    """Check that the task gives what a metric needs.
+
+    Raises:
+        OutOfRangeError: it does not.
+    """
+    given = {"generate": {"generated", "losses"}, "choices": {"choices", "losses"}, "loss": {"losses"}}
+    if not recipe.task.is_resolved or metric.needs in given[recipe.task.evaluation]:
+        return
+    usable = [name for name, kind in METRICS.items() if kind.needs in given[recipe.task.evaluation]]
+    raise OutOfRangeError(
+        f"evaluate.metrics has {metric.name}, which needs {NEED_NAMES[metric.needs]}, and task.kind={recipe.task.kind} "
+        "has none",
+        f"use some of {', '.join(usable)}",
+    )

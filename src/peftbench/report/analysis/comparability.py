@@ -34,6 +34,7 @@ _PROTOCOL: dict[str, Callable[[RunRecord], object]] = {
     "steps": lambda record: record.steps,
     "train.global_batch_size": lambda record: record.recipe["train"]["global_batch_size"],
     "data.max_length": lambda record: record.recipe["data"]["max_length"],
+    "task": lambda record: record.recipe.get("task"),
     "data.label_padding": lambda record: record.recipe["data"]["label_padding"],
     "train.precision": lambda record: record.recipe["train"]["precision"],
     "model.attention": lambda record: record.recipe.get("model", {}).get("attention"),

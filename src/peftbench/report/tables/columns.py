@@ -158,7 +158,7 @@ _COLUMNS_BEFORE_SCORES: tuple[Column, ...] = (
     ),
     Column(
         "held-out loss",
-        "Mean cross-entropy over summary tokens and EOS token of the test examples, in nats; lower is better.",
+        "Mean cross-entropy over the labeled tokens of the test examples, in nats; lower is better.",
         lambda r: {"held_out_loss": _held_out_loss(r)},
         lambda r: "–" if (loss := _held_out_loss(r)) is None else f"{loss:.3f}",
     ),
