@@ -139,7 +139,7 @@ def train_plainly(recipe: Recipe, encoded: list[tuple[list[int], list[int]]]) ->
             logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
             loss = functional.cross_entropy(logits[:-1], torch.tensor(labels[1:]), reduction="sum") / total
             loss.backward()
-            step_loss += float(loss)
+            step_loss += float(loss.detach())
         torch.nn.utils.clip_grad_norm_([one for one in model.parameters() if one.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
