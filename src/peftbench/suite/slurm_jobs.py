@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peftbench.common.filesystem import path_exists
 from peftbench.common.fingerprint import fingerprint_recipe
-from peftbench.errors import RecordError, SlurmError
+from peftbench.errors import PeftbenchError, RecordError, SlurmError
 from peftbench.evaluation.metrics.selection import check_metrics
 from peftbench.recipe.arguments import check_is_recipe, is_suite
 from peftbench.recipe.loader import load_recipe, to_inline_yaml
@@ -74,7 +76,7 @@ def plan_submission(
     launch_file = find_launch_file(accelerate or str(suite_config)) if accelerate or suite_config else None
     if launch_file is None and nodes > 1:
         raise SlurmError("--nodes needs several processes; give --accelerate, e.g. zero2")
-    unfinished = [recipe for recipe in recipes if load_existing_result(recipe) is None]
+    unfinished = [recipe for recipe in recipes if load_existing_result(_resolve_known_keys(recipe)) is None]
     active_jobs = {job_id for job_id, queued in list_queued_jobs().items() if queued.is_active}
     active_owners = {
         _get_run_dir(recipe): owner
@@ -162,6 +164,17 @@ def _split_job(job: Job) -> tuple[Job, ...]:
         )
     shares = [(job.max_parallel + number) // len(parts) for number in range(len(parts))]
     return tuple(replace(job, run_dirs=part, max_parallel=share) for part, share in zip(parts, shares, strict=True))
+
+
+def _resolve_known_keys(recipe: Recipe) -> Recipe:
+    """Return the recipe with what does not depend on the job's device resolved: the task, and the type of weights."""
+    if not path_exists(RunDir.from_recipe(recipe).record_file):
+        return recipe  # nothing is compared with it
+    from peftbench.training.auto_settings import resolve_task
+
+    with suppress(PeftbenchError):  # whatever is wrong with the data, the run reports it
+        recipe, _ = resolve_task(recipe)
+    return recipe if recipe.train.precision == "auto" else recipe.with_resolved_dtype()
 
 
 def _has_result(recipe: Recipe) -> bool:

@@ -16,6 +16,7 @@ from peftbench.cli.app import app
 from peftbench.recipe.loader import load_recipe
 from peftbench.run_dir.lock import Lock
 from peftbench.slurm.job_file import read_job_file
+from peftbench.training.auto_settings import resolve_task
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.records import minimal_record
 
@@ -127,7 +128,7 @@ def test_active_and_finished_runs_are_skipped(submit: Submit, slurm: Callable[..
     lock.acquire()
     assert "a process in" in submit("suite.yaml").stderr
     lock.release()
-    recipe = load_recipe([Path("out/two/recipe.yaml")], [])
+    recipe = resolve_task(load_recipe([Path("out/two/recipe.yaml")], []))[0].with_resolved_dtype()
     values = {"recipe_fingerprint": recipe.fingerprint(), "data_fingerprint": recipe.data.source.fingerprint()}
     minimal_record(name="two", **values).write(Path("out/two"))
     Path("out/two/model").mkdir()
@@ -258,9 +259,12 @@ def test_second_job_that_is_refused_names_the_first(submit: Submit, slurm: Calla
 
 @pytest.mark.parametrize("key", ["train.precision=auto", "model.attention=auto"])
 def test_finished_run_with_auto_settings_is_submitted(key: str, submit: Submit, slurm: Callable[..., Path]) -> None:
-    """The login node cannot resolve auto; the job skips the run if its device resolves it to the recorded value."""
+    """The login node cannot resolve auto; the job skips the run if its device resolves it to the recorded value.
+
+    It resolves the task and, where the precision is given, the type of frozen weights.
+    """
     slurm()
-    recipe = load_recipe([Path("two.yaml")], [])
+    recipe = resolve_task(load_recipe([Path("two.yaml")], []))[0].with_resolved_dtype()
     values = {
         "recipe": recipe.model_dump(mode="json"),
         "recipe_fingerprint": recipe.fingerprint(),
