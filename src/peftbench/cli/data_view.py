@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Iterator
+from difflib import SequenceMatcher
+from operator import itemgetter
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -13,34 +17,45 @@ if TYPE_CHECKING:
     from peftbench.data.encode import Encoder
     from peftbench.training.data_summary import DataSummary, EncodedExample
 
-_LABEL_STYLE, _CONTEXT_STYLE, _CUT_STYLE = "green underline", "", "red"
+_Use = Literal["context", "labeled", "cut"]
+_STYLES: dict[_Use, str] = {"context": "", "labeled": "green underline", "cut": "red strike"}
+_BRACKETS: dict[_Use, str] = {"context": "{}", "labeled": "⟦{}⟧", "cut": "⟨{}⟩"}
+"""Marks where the output has no colors."""
 _NUM_BARS = 12
 _BAR_WIDTH = 40
 
 
 def print_examples(summary: DataSummary, encoder: Encoder, *, ids: bool) -> None:
-    """Print the first examples token by token. Without colors, labels are in brackets: ``⟦``, ``⟧``."""
+    """Print the first examples token by token. Without colors, labels are in ``⟦ ⟧`` and what is cut in ``⟨ ⟩``."""
     console = Console(highlight=False)
     for example in summary.shown:
         labels = sum(end - start for start, end in iter_spans(example.label_spans))
+        cut = len(example.whole_ids) - len(example.input_ids)
         head = f"example {example.id} of {summary.split}: {len(example.input_ids)} tokens, {labels} labeled"
-        console.print(Text(head + (f", {example.cut_tokens} cut" if example.cut_tokens else ""), style="bold"))
-        console.print(_render_tokens(example, encoder, ids=ids, has_colors=console.color_system is not None))
+        console.print(Text(head + (f", {cut} cut" if cut else ""), style="bold"), soft_wrap=True)
+        text = Text()
+        for use, tokens in itertools.groupby(_iter_uses(example), key=itemgetter(0)):
+            content = _decode([id for _, id in tokens], encoder, ids=ids)
+            text.append(content if console.color_system else _BRACKETS[use].format(content), style=_STYLES[use])
+        console.print(text, soft_wrap=True)
         console.print()
 
 
-def _render_tokens(example: EncodedExample, encoder: Encoder, *, ids: bool, has_colors: bool) -> Text:
-    text = Text()
-    position = 0
-    for start, end in [*iter_spans(example.label_spans), (len(example.input_ids),) * 2]:
-        text.append(_decode(example.input_ids[position:start], encoder, ids=ids), style=_CONTEXT_STYLE)
-        labeled = _decode(example.input_ids[start:end], encoder, ids=ids)
-        if labeled:
-            text.append(labeled if has_colors else f"⟦{labeled}⟧", style=_LABEL_STYLE)
-        position = end
-    if example.cut_tokens:
-        text.append(f" [{example.cut_tokens} tokens cut]", style=_CUT_STYLE)
-    return text
+def _iter_uses(example: EncodedExample) -> Iterator[tuple[_Use, int]]:
+    """Yield each token of an example with its use; tokens that are cut stand where they were."""
+    cuts = _find_cuts(example.whole_ids, example.input_ids)
+    labeled = {position for span in iter_spans(example.label_spans) for position in range(*span)}
+    for position, id in enumerate(example.input_ids):
+        yield from (("cut", removed) for removed in cuts.get(position, ()))
+        yield "labeled" if position in labeled else "context", id
+    yield from (("cut", removed) for removed in cuts.get(len(example.input_ids), ()))
+
+
+def _find_cuts(whole: list[int], kept: list[int]) -> dict[int, list[int]]:
+    """Return the tokens that are in ``whole`` only, by the position in ``kept`` before which they stood."""
+    start = next((index for index, pair in enumerate(zip(whole, kept, strict=False)) if pair[0] != pair[1]), len(kept))
+    changes = SequenceMatcher(None, whole[start:], kept[start:], autojunk=False).get_opcodes()
+    return {start + at: whole[start + first : start + last] for kind, first, last, at, _ in changes if kind != "equal"}
 
 
 def _decode(token_ids: list[int], encoder: Encoder, *, ids: bool) -> str:

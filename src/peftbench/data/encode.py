@@ -209,6 +209,15 @@ class Encoder:
         """Return the columns ``ENCODED_COLUMNS`` of one example; see :meth:`encode_batch`."""
         return self.encode_batch([example])[0]
 
+    def tokenize_whole(self, example: Example) -> list[int]:
+        """Return the tokens of an example before anything is cut.
+
+        Raises:
+            DataError: the example cannot be rendered.
+        """
+        segments = self._render(example, self.renderer.iter_variants(example))
+        return [id for part in self._segments.tokenize(segments) for id in part.ids]
+
     def encode_batch(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Return ``input_ids`` and ``label_spans`` (start, end, start, end, ...) of each example, and counts.
 

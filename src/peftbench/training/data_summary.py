@@ -31,7 +31,8 @@ class EncodedExample:
     id: str
     input_ids: list[int]
     label_spans: list[int]
-    cut_tokens: int
+    whole_ids: list[int]
+    """Tokens before anything is cut; those of ``input_ids`` if nothing is."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,12 @@ def summarize_split(recipe: Recipe, encoder: Encoder, split: str, num_shown: int
         num_dropped=fits.count(False),
         num_with_control_tokens=sum(count > 0 for count in columns["control_tokens"]),
         shown=[
-            EncodedExample(row["id"], row["input_ids"], row["label_spans"], row["cut_tokens"])
+            EncodedExample(
+                row["id"],
+                row["input_ids"],
+                row["label_spans"],
+                encoder.tokenize_whole(row) if row["cut_tokens"] else row["input_ids"],
+            )
             for row in encoded.select(range(min(num_shown, len(encoded))))
         ],
     )
