@@ -7,10 +7,11 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: demo test test-all test-engines test-slow test-slurm lint prose readme architectures coverage picture clean
 
 demo: .venv/installed
-	@echo "Two suites of 6 and 3 runs. On two CPU cores they take 5 to 8 minutes (docs/results/README.md)."
+	@echo "Three suites of 6, 4 and 3 runs. On two CPU cores they take 6 to 9 minutes (docs/results/README.md)."
 	$(BIN)/peftbench run recipes/demo/suite.yaml
+	$(BIN)/peftbench run recipes/demo/libraries.yaml
 	$(BIN)/peftbench run recipes/demo/budget.yaml
-	@echo "Open in a browser: runs/demo/report.html and runs/demo_budget/report.html"
+	@echo "Open in a browser: report.html in runs/demo, runs/demo_libraries and runs/demo_budget"
 
 # The fast tier. Two workers: most tests run one process with one thread.
 test: .venv/installed
