@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -16,6 +17,11 @@ class ConfigSection(BaseModel):
     """A frozen group of recipe keys; unknown keys are errors. Each field's docstring is its help text, one line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @classmethod
+    def select_section(cls, values: Mapping[str, Any]) -> type[Self]:
+        """Return the class that validates ``values``: this one, unless another key than ``kind`` selects it."""
+        return cls
 
 
 class RecordModel(BaseModel):

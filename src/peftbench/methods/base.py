@@ -50,8 +50,15 @@ class Method(ConfigSection):
     supports_quantized_base: ClassVar[bool] = False
     """True if the base model may be quantized (``model.quantization``), which needs ``keeps_base_frozen``."""
 
+    needs_trial: ClassVar[bool] = False
+    """True if what it does to an architecture is found by trying it on a small copy before each run."""
     merges_into_base: ClassVar[bool] = False
     """True if the saved adapter can be merged into the base model's weights; False also for a saved whole model."""
+
+    learning_rates: ClassVar[tuple[float, float] | None] = None
+    """Lowest and highest learning rate of ``learning_rate_source``; None if none is known."""
+    learning_rate_source: ClassVar[str] = ""
+    """Paper or benchmark that reports ``learning_rates``."""
 
     kind: str
     """Kind of method."""

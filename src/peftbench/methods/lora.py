@@ -5,26 +5,21 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
-from unittest.mock import patch
 
 from pydantic import Field, field_validator
 
 from peftbench.common.text import first_line
 from peftbench.errors import TargetModulesError, UnsupportedModelError, did_you_mean
 from peftbench.methods.base import Method
+from peftbench.methods.peft_method import ALL_LINEAR, keep_initial_values
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-ALL_LINEAR = "all-linear"
-"""peft's name for every matrix except the output head."""
 
 
 class Lora(Method):
@@ -86,7 +81,7 @@ class Lora(Method):
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         from peft import get_peft_model
 
-        with _keep_initial_values(), warnings.catch_warnings():
+        with keep_initial_values(), warnings.catch_warnings():
             # peft warns of each kind of expert that the architecture lacks.
             warnings.filterwarnings("ignore", message=".*(did not match any|no parameter was matched).*")
             try:
@@ -203,23 +198,6 @@ class Lora(Method):
             for name, module in _list_matrices(base)
             if name not in excluded and (names is None or any(_matches_suffix(target, name) for target in names))
         ]
-
-
-@contextmanager
-def _keep_initial_values() -> Iterator[None]:
-    """Keep new weights in float32; peft rounds them to the type of the matrix that they adapt, and converts them back.
-
-    The initial values are then the same for a base model in any type.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    find = BaseTunerLayer._get_base_layer_device_and_dtype
-
-    def find_device(layer: BaseTunerLayer, base_layer: nn.Module) -> tuple[torch.device | None, None]:
-        return find(layer, base_layer)[0], None  # type: ignore[no-untyped-call]
-
-    with patch.object(BaseTunerLayer, "_get_base_layer_device_and_dtype", find_device):
-        yield
 
 
 def _convert_config(config: LoraConfig, base: PreTrainedModel) -> LoraConfig:

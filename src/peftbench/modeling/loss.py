@@ -32,10 +32,10 @@ class CausalLMLoss:
     computes_all_logits: ClassVar[bool] = True
     """True if the head computes logits at all positions."""
 
-    def __init__(self, base: PreTrainedModel, *, use_masks: bool = False) -> None:
-        """Initialize; ``use_masks`` keeps transformers' own attention with masks."""
+    def __init__(self, base: PreTrainedModel, *, use_masks: bool = False, mask_reason: str | None = None) -> None:
+        """Initialize; ``use_masks`` or a ``mask_reason`` keep transformers' own attention with masks."""
         self.base = base
-        self.mask_reason = None if use_masks else find_mask_free_blocker(base)
+        self.mask_reason = None if use_masks else mask_reason or find_mask_free_blocker(base)
         """Reason for which the model needs transformers' attention with masks, None if it does not."""
         self.uses_masks = use_masks or self.mask_reason is not None
         self.attention_fn: attention.AttentionFunction = attention.causal_attention
@@ -76,10 +76,11 @@ class LabeledLogitsLoss(CausalLMLoss):
         *,
         head_is_output: bool,
         use_masks: bool = False,
+        mask_reason: str | None = None,
         kernel: Kernel = "torch",
     ) -> None:
         """Initialize; with ``head_is_output`` (the model returns the head's output) ``kernel`` computes the loss."""
-        super().__init__(base, use_masks=use_masks)
+        super().__init__(base, use_masks=use_masks, mask_reason=mask_reason)
         self.head, self.cross_entropy_sum = head, KERNELS[kernel]()
         self.head_is_output = head_is_output and type(head) is nn.Linear
         self.select_positions: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = select_positions
@@ -147,11 +148,17 @@ def _forward_labeled_positions(
 
 
 def build_loss(
-    base: PreTrainedModel, *, labeled_only: bool = True, use_masks: bool = False, kernel: Kernel = "torch"
+    base: PreTrainedModel,
+    *,
+    labeled_only: bool = True,
+    use_masks: bool = False,
+    mask_reason: str | None = None,
+    kernel: Kernel = "torch",
 ) -> tuple[CausalLMLoss, tuple[str, ...]]:
     """Return the loss of a base model with a method applied, and notes on savings that the model does not support.
 
-    ``labeled_only``: compute the head at labeled positions only; ``use_masks``: keep transformers' own attention.
+    ``labeled_only``: compute the head at labeled positions only; ``use_masks``: keep transformers' own attention, as
+    for a method that has a ``mask_reason``.
 
     Raises:
         UnsupportedModelError: the kernel is not torch's, and the head cannot compute this model's loss.
@@ -161,9 +168,11 @@ def build_loss(
     loss: CausalLMLoss
     if head is not None and head_output is not None:
         is_output = head_output is model_output
-        loss = LabeledLogitsLoss(base, head, head_is_output=is_output, use_masks=use_masks, kernel=kernel)
+        loss = LabeledLogitsLoss(
+            base, head, head_is_output=is_output, use_masks=use_masks, mask_reason=mask_reason, kernel=kernel
+        )
     else:
-        loss = CausalLMLoss(base, use_masks=use_masks)
+        loss = CausalLMLoss(base, use_masks=use_masks, mask_reason=mask_reason)
     if kernel != "torch" and not (isinstance(loss, LabeledLogitsLoss) and loss.head_is_output):
         raise UnsupportedModelError(
             f"train.cross_entropy={kernel} needs train.logits=labels_only and a model that returns its linear head's "

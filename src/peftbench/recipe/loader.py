@@ -32,7 +32,7 @@ from peftbench.errors import (
 )
 from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS
-from peftbench.recipe.scalars import load_as_text, restore_text
+from peftbench.recipe.scalars import find_section, load_as_text, restore_text
 from peftbench.recipe.schema import Recipe
 from peftbench.record.upgrade import upgrade_recipe
 from peftbench.tasks import TASK_KINDS
@@ -98,11 +98,11 @@ def _drop_fields_of_other_kinds(base: DictConfig, override: DictConfig) -> None:
         ("task", TASK_KINDS),
     ):
         group, new_group = _select_group(base, group_path), _select_group(override, group_path)
-        kind = None if new_group is None else new_group.get("kind")
-        if not isinstance(kind, str) or kind not in kinds or group is None:
+        if group is None or new_group is None or group.get("kind") is None:
             continue
-        if group.get("kind") not in (None, kind):
-            for key in [key for key in group if key not in kinds[kind].model_fields]:
+        section = find_section(kinds, {**group, **new_group})
+        if section is not None and section is not find_section(kinds, group):
+            for key in [key for key in group if key not in section.model_fields]:
                 del group[key]
 
 
@@ -214,7 +214,7 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         # A misspelt key also leaves the right key missing, so unknown keys are reported first.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        _raise_recipe_error(dict(errors[0]), Recipe)
+        _raise_recipe_error(dict(errors[0]), Recipe, values)
 
 
 def _refuse_type(value: object) -> NoReturn:
@@ -224,11 +224,15 @@ def _refuse_type(value: object) -> NoReturn:
     )
 
 
-def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoReturn:
+def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection], values: Mapping[str, Any]) -> NoReturn:
     kind, given = str(error["type"]), error.get("input")
-    path, fields, kinds = _locate_error(error["loc"], root)
+    path, fields, kinds = _locate_error(error["loc"], root, values)
     if kind == "extra_forbidden":
         _raise_unknown_key(path, fields)
+    if kind == "unexpected_keyword_argument":  # a key of a group that is a dataclass of peft
+        raise UnknownKeyError(
+            f"Invalid recipe: there is no key '{path}.{error['loc'][-1]}'", "see peft's documentation"
+        )
     if kind == "union_tag_invalid":
         tag = str(error["ctx"]["tag"])
         raise UnknownKeyError(f"Invalid recipe: there is no {path} of kind {tag!r}", did_you_mean(tag, kinds))
@@ -286,26 +290,32 @@ def _raise_unknown_key(path: str, fields: Sequence[str]) -> NoReturn:
     raise UnknownKeyError(f"Invalid recipe: there is no key {path!r}", hint)
 
 
-def _locate_error(location: Sequence[str | int], root: type[ConfigSection]) -> tuple[str, list[str], list[str]]:
+def _locate_error(
+    location: Sequence[str | int], root: type[ConfigSection], values: Mapping[str, Any]
+) -> tuple[str, list[str], list[str]]:
     """Return the dotted path of an error, the keys of its group, and the kinds that the group can have."""
     group: type[ConfigSection] | None = root
+    given: object = values
     path: list[str] = []
     fields: list[str] = list(root.model_fields)
     table: Mapping[str, type[ConfigSection]] = {}
     for key in location:
-        if isinstance(key, str) and key in table and path and path[-1] in _KIND_REGISTRIES and group is None:
-            group = table[key]  # the kind, which is not part of the path
-            fields = list(group.model_fields)
-            continue
+        if isinstance(key, str) and key in table and path and path[-1] in _KIND_REGISTRIES and key not in fields:
+            continue  # the kind, which is not part of the path
         if group is None and path and isinstance(key, str) and key not in fields:
             continue  # a branch of a union, e.g. "tuple[str, ...]"
         path.append(str(key))
+        given = given.get(key) if isinstance(given, Mapping) else None
         table = _KIND_REGISTRIES.get(str(key), {})
-        if group is not None and str(key) in group.model_fields:
-            fields = list(group.model_fields)
-            annotation = group.model_fields[str(key)].annotation
+        if group is None or str(key) not in group.model_fields:
+            continue
+        field = group.model_fields[str(key)]
+        annotation = field.annotation
+        if table:
+            group = find_section(table, given, field) if isinstance(given, Mapping) else None
+        else:
             group = annotation if isinstance(annotation, type) and issubclass(annotation, ConfigSection) else None
-            fields = list(group.model_fields) if group is not None and key != location[-1] else fields
+        fields = list(group.model_fields) if group is not None else fields
     return ".".join(path) or "the recipe", fields, list(table)
 
 

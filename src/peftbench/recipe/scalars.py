@@ -63,12 +63,28 @@ def restore_text(
             values[key] = _restore(value, text, field.annotation, path)
 
 
+def find_section(
+    kinds: Mapping[str, type[ConfigSection]], group: Mapping[Any, Any], field: FieldInfo | None = None
+) -> type[ConfigSection] | None:
+    """Return the class that validates a group of keys, None if its kind is unknown.
+
+    A group without a kind has that of the default of ``field``.
+    """
+    section = kinds.get(str(group.get("kind", getattr(field and field.default, "kind", None))))
+    if section is None:
+        return None
+    try:
+        return section.select_section(group)
+    except ValueError:  # another key that selects the section has no valid value
+        return section
+
+
 def _find_group(
     key: str, field: FieldInfo, value: object, kinds: Mapping[str, Mapping[str, type[ConfigSection]]]
 ) -> type[ConfigSection] | None:
     """Return the class of a group of keys, None if the key holds a value."""
     if key in kinds and isinstance(value, dict):
-        return kinds[key].get(str(value.get("kind", getattr(field.default, "kind", None))))
+        return find_section(kinds[key], value, field)
     annotation = field.annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, ConfigSection) else None
 

@@ -19,6 +19,17 @@ class ParameterCounts(RecordModel):
 
     total: int
     trainable: int
+    added_frozen: int | None = None
+    """Scalars that the method added and does not train, buffers included; None if unknown."""
+
+
+class SavedModel(RecordModel):
+    """The saved model of a run."""
+
+    weight_bytes: int
+    """Size of its weight files."""
+    merges_into_base: bool | None = None
+    """True if it is an adapter that can be merged into the base model; None for a whole model."""
 
 
 class Device(RecordModel):

@@ -24,6 +24,7 @@ from peftbench.record.measurements import (
     Memory,
     MemoryBreakdown,
     ParameterCounts,
+    SavedModel,
     SplitOverlap,
     StateBytes,
     Throughput,
@@ -158,6 +159,8 @@ class RunRecord(RecordModel):
     compute: Compute = Compute()
     energy_joules: float | None = None
     """Energy of the training phase: all GPUs (NVML), or the CPU packages (RAPL) in a run on CPU."""
+    saved_model: SavedModel | None = None
+    """None if no model was saved."""
     quality: Quality | None = None
     notes: tuple[str, ...] = ()
     """Substitutions and other facts that a reader needs."""
@@ -191,6 +194,13 @@ class RunRecord(RecordModel):
     def train_seconds(self) -> float | None:
         """Seconds of the training phase, without untimed steps."""
         return self.phase_seconds.get("train")
+
+    @property
+    def startup_seconds(self) -> float | None:
+        """Seconds before the first step: loading, encoding, passes over the data that a method makes, building."""
+        if not self.step_losses:
+            return None
+        return self.phase_seconds.get("load", 0.0) + self.phase_seconds.get("build", 0.0)
 
 
 def train_peak_bytes(record: RunRecord) -> int | None:

@@ -15,7 +15,7 @@ from peftbench.profiler.instruments import FLOP_COUNT_STEP
 from peftbench.profiler.memory import max_over_ranks
 from peftbench.profiler.peak_flops import get_peak_flops
 from peftbench.profiler.throughput import compute_throughput
-from peftbench.record import Compute, CountedStep, Engine, Flops, Outcome, RunRecord, Throughput, Tokens
+from peftbench.record import Compute, CountedStep, Engine, Flops, Outcome, RunRecord, SavedModel, Throughput, Tokens
 from peftbench.record.environment import get_git_commit, get_library_versions
 from peftbench.record.sanity_checks import check_record
 
@@ -44,6 +44,7 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         git_commit=get_git_commit(),
         engine=_build_engine(state),
         parameters=state.adapted_model.parameters if state.adapted_model else None,
+        saved_model=_build_saved_model(state),
         model_fingerprint=state.adapted_model.base.fingerprint if state.adapted_model else None,
         model_config_fingerprint=state.adapted_model.base.config_fingerprint if state.adapted_model else None,
         data_fingerprint=state.data_fingerprint,
@@ -206,3 +207,11 @@ def _build_engine(state: RunState) -> Engine | None:
         gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
         num_threads=torch.get_num_threads(),
     )
+
+
+def _build_saved_model(state: RunState) -> SavedModel | None:
+    """Return the size of the saved weights, None if this training has no saved model."""
+    if not state.has_saved_model or state.adapted_model is None:
+        return None
+    weights = sum(file.stat().st_size for file in state.run_dir.model_dir.glob("*.safetensors"))
+    return SavedModel(weight_bytes=weights, merges_into_base=state.adapted_model.merges_into_base)

@@ -60,6 +60,7 @@ from peftbench.training.auto_settings import resolve_for_launch, resolve_task
 from peftbench.training.build import load_base_model
 from peftbench.training.data import build_encoder, check_splits, fingerprint_training_data
 from peftbench.training.loop import train
+from peftbench.training.trial import check_method
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -168,6 +169,7 @@ class Run:
             return
         trained_dir = self._find_trained_model()
         with probe.phase("load"):
+            check_method(recipe)
             base_model = load_base_model(recipe) if trained_dir is None else load_trained_base(state, trained_dir)
         with probe.phase("build"):
             encoder = build_encoder(recipe, base_model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +31,7 @@ from peftbench.profiler.flops import FlopCost, NonLinearFlopsError, count_flops
 from peftbench.recipe.schema import why_warmup_is_too_long
 from peftbench.record import ParameterCounts
 from peftbench.training.data import as_numpy, build_collator
+from peftbench.training.trial import try_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +55,8 @@ class AdaptedModel:
     six_n_parameters: int
     """Parameters outside embeddings, including those that a method added inside the base model."""
     loss: CausalLMLoss
+    merges_into_base: bool | None = None
+    """True if what is trained can be merged into the base model's weights; None if it is the whole model."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +146,14 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     Raises:
         PeftbenchError: the recipe does not fit this model.
     """
+    trial = try_method(recipe.method, base.model.config)
+    trial.check(recipe)
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
-    notes = [*base.notes, *recipe.method.list_notes(base.model)]
+    notes = [*base.notes, *recipe.method.list_notes(base.model), *trial.list_notes(recipe), *describe_rate(recipe)]
     if recipe.model.quantization is not None and (unquantized := describe_unquantized_modules(base.model)):
         notes.append(f"model.quantization={recipe.model.quantization} does not quantize {unquantized}")
+    values_before = {id(tensor): tensor.numel() for tensor in _list_tensors(base.model)}
     model = recipe.method.apply(base.model, base.tokenizer)
     convert_frozen_weights(base.model, TORCH_DTYPES[recipe.frozen_dtype])
     if recipe.frozen_dtype != "fp32":
@@ -169,17 +175,53 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
         notes.append(f"the int8 base model rounds its matmul inputs to fp16, not to {recipe.train.resolved_precision}")
     if not (context.engine.shards_weights and recipe.method.is_trainable):  # sharded weights are moved shard by shard
         model.to(context.accelerator.device)
-    parameters = ParameterCounts(total=total, trainable=trainable)
+    parameters = ParameterCounts(total=total, trainable=trainable, added_frozen=_count_added(model, values_before))
     loss, loss_notes = build_loss(
         base.model,
         labeled_only=recipe.train.logits == "labels_only",
         use_masks=recipe.data.label_padding,
+        mask_reason=trial.mask_reason,
         kernel=recipe.train.cross_entropy,
     )
     notes += loss_notes
     # Includes what the method added to the base model, as HF Trainer counts.
     six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
-    return AdaptedModel(base, parameters, model, tuple(notes), checkpointing, six_n_parameters, loss)
+    merges = trial.merging_problem is None if recipe.method.needs_trial else recipe.method.merges_into_base
+    return AdaptedModel(
+        base,
+        parameters,
+        model,
+        tuple(notes),
+        checkpointing,
+        six_n_parameters,
+        loss,
+        merges if recipe.method.keeps_base_frozen else None,
+    )
+
+
+def _list_tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _count_added(model: nn.Module, values_before: Mapping[int, int]) -> int:
+    """Return the number of scalars that a method added and does not train.
+
+    ``values_before`` are the sizes of the base model's tensors by identity. A tensor that replaces one of them, e.g.
+    its transpose, is not added.
+    """
+    tensors = {id(tensor): tensor for tensor in _list_tensors(model)}
+    new_trained = sum(t.numel() for key, t in tensors.items() if t.requires_grad and key not in values_before)
+    return sum(t.numel() for t in tensors.values()) - sum(values_before.values()) - new_trained
+
+
+def describe_rate(recipe: Recipe) -> list[str]:
+    """Return a note if the learning rate is outside of the range that is known for the method."""
+    method, rate = recipe.method, recipe.optimizer.learning_rate
+    if method.learning_rates is None or method.learning_rates[0] <= rate <= method.learning_rates[1]:
+        return []
+    low, high = method.learning_rates
+    known = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return [f"optimizer.learning_rate={rate:g}; known for {method.kind}: {known} ({method.learning_rate_source})"]
 
 
 def build_training(

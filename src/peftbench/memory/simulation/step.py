@@ -32,6 +32,7 @@ from peftbench.memory.simulation.device import DeviceEmulation
 from peftbench.memory.simulation.model import build_meta_model
 from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_offload import ActivationOffload
+from peftbench.modeling.loading import load_config
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
 from peftbench.training.build import (
@@ -43,6 +44,7 @@ from peftbench.training.build import (
 )
 from peftbench.training.data import build_collator
 from peftbench.training.loop import train_step
+from peftbench.training.trial import try_method
 
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
@@ -130,6 +132,7 @@ class MemorySimulation:
         self.emulation = DeviceEmulation(
             device, get_autocast_dtype(recipe.train.resolved_precision), has_padding=has_padding
         )
+        _check_plannable(recipe)
         with imports_without_gc():  # imports the architecture's code and the method's library
             self.loaded_model = build_meta_model(
                 recipe.model, TORCH_DTYPES[recipe.train.resolved_precision], TORCH_DTYPES[get_loaded_dtype(recipe)]
@@ -388,6 +391,23 @@ class MemorySimulation:
                 [(sequence_length - count, sequence_length) for count in label_counts],
             )
             return batch.map(lambda tensor: tensor.to("meta")) if is_on_device else batch
+
+
+def _check_plannable(recipe: Recipe) -> None:
+    """Check that the recipe's method can be applied without values of weights.
+
+    Raises:
+        EstimateUnavailableError: it cannot.
+        UnsupportedModelError: it does not work on this architecture.
+    """
+    if not recipe.method.needs_trial:
+        return
+    trial = try_method(recipe.method, load_config(recipe.model))
+    if trial.meta_problem is not None:
+        raise EstimateUnavailableError(
+            f"method.kind={recipe.method.kind} depends on the values of weights, so that its memory cannot be planned "
+            f"without them: {trial.meta_problem}"
+        )
 
 
 def _autocast_forward(model: nn.Module, emulation: DeviceEmulation) -> None:

@@ -108,6 +108,11 @@ def _format_forgetting(record: RunRecord) -> str:
     return "–" if increase is None else f"{increase:+.3f}"
 
 
+def _format_merges(record: RunRecord) -> str:
+    merges = record.saved_model.merges_into_base if record.saved_model else None
+    return "–" if merges is None else "yes" if merges else "no"
+
+
 def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
     """Return statistics of the CUDA allocator in the training phase; None on CPU."""
     memory = record.memory.get("train")
@@ -127,6 +132,10 @@ def format_outcome(record: RunRecord) -> str:
 _DROP_ORDER = (
     "trainable %",
     "training cost",
+    "saved (MiB)",
+    "merges",
+    "startup (s)",
+    "added, frozen",
     "forgetting (nats)",
     "model compute (TFLOP)",
     "% of measured matmul FLOP/s",
@@ -157,6 +166,13 @@ _COLUMNS_BEFORE_SCORES: tuple[Column, ...] = (
         lambda r: "–" if (share := _trainable_fraction(r)) is None else f"{share:.2%}",
     ),
     Column(
+        "added, frozen",
+        "Numbers that the method adds to the model and does not train, e.g. random projections.",
+        lambda r: {"added_frozen_parameters": r.parameters.added_frozen if r.parameters else None},
+        lambda r: "–" if not (r.parameters and r.parameters.added_frozen) else _format_count(r.parameters.added_frozen),
+        optional=True,
+    ),
+    Column(
         "held-out loss",
         "Mean cross-entropy over the labeled tokens of the test examples, in nats; lower is better.",
         lambda r: {"held_out_loss": _held_out_loss(r)},
@@ -179,6 +195,13 @@ _COLUMNS_AFTER_SCORES: tuple[Column, ...] = (
         "evaluation.",
         lambda r: {"train_seconds": r.train_seconds},
         _format_train_seconds,
+    ),
+    Column(
+        "startup (s)",
+        "Seconds before the first step: loading, encoding, passes over the data that the method makes, building.",
+        lambda r: {"startup_seconds": r.startup_seconds},
+        lambda r: "–" if r.startup_seconds is None else f"{r.startup_seconds:,.1f}",
+        optional=True,
     ),
     Column(
         "tokens/s",
@@ -247,6 +270,20 @@ _COLUMNS_AFTER_SCORES: tuple[Column, ...] = (
         "Training time, times the number of devices, times profile.price_per_hour.",
         lambda r: {"training_cost": r.training_cost},
         lambda r: "–" if r.training_cost is None else f"{r.training_cost:,.2g}",
+        optional=True,
+    ),
+    Column(
+        "saved (MiB)",
+        "Size of the saved weights: of an adapter, or of the whole model.",
+        lambda r: {"saved_weight_bytes": r.saved_model.weight_bytes if r.saved_model else None},
+        lambda r: "–" if r.saved_model is None else f"{r.saved_model.weight_bytes / 2**20:,.3g}",
+        optional=True,
+    ),
+    Column(
+        "merges",
+        "Whether the saved adapter can be merged into the base model's weights, so that it costs nothing afterwards.",
+        lambda r: {"merges_into_base": r.saved_model.merges_into_base if r.saved_model else None},
+        _format_merges,
         optional=True,
     ),
     Column("outcome", "How the run ended.", lambda r: {"outcome": r.outcome.kind}, format_outcome),

@@ -1,0 +1,77 @@
+"""Recipe sections of peft's types: the keys of ``method`` are the fields of peft's config class.
+
+A section is built when a recipe names its type, since importing peft takes seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import Field
+
+SET_BY_PEFTBENCH = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "fan_in_fan_out",
+        "token_dim",
+        "num_transformer_submodules",
+        "num_attention_heads",
+        "num_layers",
+        "tokenizer_name_or_path",
+        "total_step",
+        "progressbar",
+        "megatron_config",
+        "megatron_core",
+    }
+)
+"""Fields of peft's configs that follow from the base model, the recipe or the run."""
+_DEFAULT_VIRTUAL_TOKENS = 20
+_REPLACED_DEFAULTS: Mapping[str, object] = {"num_virtual_tokens": _DEFAULT_VIRTUAL_TOKENS}
+"""Defaults of fields that have none in peft."""
+
+
+@functools.cache
+def build_fields(peft_type: str) -> dict[str, Any]:
+    """Return the recipe's keys of a type, as arguments of pydantic's ``create_model``: annotation and default."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]  # type: ignore[index] # PeftType is a str
+    hints = typing.get_type_hints(config_class)
+    return {
+        field.name: (_to_recipe_type(hints[field.name]), _build_default(field))
+        for field in dataclasses.fields(config_class)
+        if field.init and field.name not in SET_BY_PEFTBENCH
+    }
+
+
+def _build_default(field: dataclasses.Field[Any]) -> Any:
+    description = " ".join(str(field.metadata.get("help", "")).split()) or f"The field {field.name} of peft."
+    if field.name in _REPLACED_DEFAULTS:
+        return Field(default=_REPLACED_DEFAULTS[field.name], description=description)
+    if field.default_factory is not dataclasses.MISSING:
+        return Field(default_factory=field.default_factory, description=description)
+    default = None if field.default is dataclasses.MISSING else field.default
+    return Field(default=default, description=description)
+
+
+def _to_recipe_type(hint: Any) -> Any:
+    """Return an annotation with tuples for lists, as in all recipes, and text for a choice that has a placeholder."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return str if any("[" in str(argument) for argument in arguments) else hint
+    if origin is list:
+        return tuple[_to_recipe_type(arguments[0]), ...]  # type: ignore[misc]
+    if origin in {Union, types.UnionType}:
+        return Union[tuple(_to_recipe_type(argument) for argument in arguments)]
+    return dict[str, Any] if hint is dict else hint

@@ -1,0 +1,298 @@
+"""Try a method on a small copy of an architecture: does it apply, train, pack, checkpoint, merge and save?
+
+The answers decide padding, refusals and notes of a run, before its model is loaded. They hold for the architecture,
+since they depend on the kinds of its layers and not on their number. The tests of peft's types use the same trial.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from peftbench.common.text import first_line
+from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator
+from peftbench.errors import UnsupportedModelError
+from peftbench.methods.small_copy import build_small_copy, identify
+from peftbench.modeling.loading import load_config
+from peftbench.modeling.loss import CausalLMLoss, build_loss
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from peftbench.methods.base import Method
+    from peftbench.recipe.schema import Recipe
+
+_LENGTHS = (9, 6)
+_NOISE = 0.1
+"""Standard deviation of the values that are added to what is trained, so that it differs from its initial values."""
+_TOLERANCE, _EFFECT_TOLERANCE = 1e-5, 1e-3
+"""Largest difference of two results that should be equal: of their norm in float32, or of the method's effect."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Answers of a trial. A failed part has the reason; None means that it works."""
+
+    trainable_parameters: int = 0
+    added_parameters: int = 0
+    """Numbers that the method adds and does not train: frozen parameters and buffers."""
+    changes_start: bool = False
+    """True if the outputs differ from those of the base model before the first step."""
+    batching_problem: str | None = None
+    """Reason for which an example's outputs depend on the other rows of its batch."""
+    packing_problem: str | None = None
+    checkpointing_problem: str | None = None
+    merging_problem: str | None = None
+    saving_problem: str | None = None
+    meta_problem: str | None = None
+    """Reason for which it cannot be applied without values, i.e. planned."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Check that the recipe's settings work with the method.
+
+        Raises:
+            UnsupportedModelError: one does not.
+        """
+        kind = recipe.method.kind
+        if recipe.train.gradient_checkpointing and self.checkpointing_problem:
+            raise UnsupportedModelError(
+                f"train.gradient_checkpointing=true does not work with method.kind={kind} on this architecture: "
+                f"{self.checkpointing_problem}; set it to false"
+            )
+        if recipe.save_model and self.saving_problem:
+            raise UnsupportedModelError(
+                f"a model trained with method.kind={kind} cannot be saved: {self.saving_problem}; set save_model=false"
+            )
+
+    def list_notes(self, recipe: Recipe) -> list[str]:
+        """Return sentences for the record."""
+        notes = []
+        if self.changes_start:
+            notes.append(f"{recipe.method.kind} changes the base model's outputs before the first step")
+        if self.batching_problem:
+            notes.append(f"losses depend on batch sizes: {self.batching_problem}")
+        return notes
+
+    @property
+    def mask_reason(self) -> str | None:
+        """Reason for which sequences must not share a row; None if they may."""
+        return self.batching_problem or self.packing_problem
+
+
+NO_TRIAL = Trial()
+"""The trial of a method that needs none."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A small model with the method applied, and what it computes with."""
+
+    base: PreTrainedModel
+    model: nn.Module
+    method: Method
+
+    def build_loss(self, *, use_masks: bool) -> CausalLMLoss:
+        return build_loss(self.base, labeled_only=False, use_masks=use_masks)[0]
+
+
+_trials: dict[tuple[str, str], Trial] = {}
+
+
+def try_method(method: Method, config: PreTrainedConfig) -> Trial:
+    """Return the answers for a method and an architecture; each pair is tried once in a process.
+
+    A method that needs no trial is not tried.
+
+    Raises:
+        UnsupportedModelError: the method cannot be applied, or it trains nothing, or the model ignores it.
+    """
+    if not method.needs_trial:
+        return NO_TRIAL
+    key = (method.model_dump_json(), identify(config))
+    if key not in _trials:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _one_thread():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            _trials[key] = _try(method, config)
+    return _trials[key]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: small products take longer on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_method(recipe: Recipe) -> None:
+    """Try the recipe's method on its architecture and check the recipe's settings, before any weight is loaded.
+
+    Raises:
+        UnsupportedModelError: the method does not work there, or not with these settings.
+        ModelError, HubUnreachableError: the model's config cannot be read.
+    """
+    if recipe.method.needs_trial:
+        try_method(recipe.method, load_config(recipe.model)).check(recipe)
+
+
+def _try(method: Method, config: PreTrainedConfig) -> Trial:
+    base = build_small_copy(config)
+    batch = _build_batch(base, method)
+    expected = _compute_losses(_Subject(base, base, method), _build_batch(base, None), use_masks=True)
+    before = _count_values(base)
+    subject = _apply(base, method)
+    trained = {name: parameter for name, parameter in subject.model.named_parameters() if parameter.requires_grad}
+    num_trained = sum(parameter.numel() for parameter in trained.values())
+    start = _compute_losses(subject, batch, use_masks=True)
+    _add_noise(trained)
+    moved = _compute_losses(subject, batch, use_masks=True)
+    effect = float((moved - start).norm())
+    if not effect > _TOLERANCE * float(start.norm()):  # or not finite
+        raise UnsupportedModelError(
+            f"method.kind={method.kind} changes nothing in {config.model_type}: new values of its {num_trained:,} "
+            "trained parameters give the same losses; use another method"
+        )
+    return Trial(
+        trainable_parameters=num_trained,
+        added_parameters=_count_values(subject.model) - before - num_trained,
+        changes_start=_differ(expected, start),
+        batching_problem=_find_problem(lambda: _check_batching(subject, moved, effect)),
+        packing_problem=_find_problem(lambda: _check_packing(subject, moved, effect)),
+        checkpointing_problem=_find_problem(lambda: _check_checkpointing(subject, batch)),
+        saving_problem=_find_problem(lambda: _check_saving(subject, config, batch, moved, effect)),
+        merging_problem=_find_problem(lambda: _check_merging(subject, batch, moved, effect)),
+        meta_problem=_find_problem(lambda: _check_meta(method, config)),
+    )
+
+
+def _apply(base: PreTrainedModel, method: Method) -> _Subject:
+    torch.manual_seed(0)  # the same initial values in every copy
+    return _Subject(base, method.apply(base, None), method)  # type: ignore[arg-type] # a small model has no tokenizer
+
+
+def _build_batch(
+    base: PreTrainedModel, method: Method | None, *, packed: bool = False, rows: slice = slice(None)
+) -> MicroBatch:
+    """Return two documents, or one of them, each labeled from its second token on."""
+    vocabulary = int(base.config.vocab_size)
+    ids = [(index * 7 + 3) % vocabulary for index in range(sum(_LENGTHS))]
+    documents = [ids[: _LENGTHS[0]], ids[_LENGTHS[0] :]][rows]
+    collator = (PaddingFreeCollator if packed else Collator)(0, method.virtual_tokens if method is not None else 0)
+    return collator.collate(documents, [(1, len(document)) for document in documents])
+
+
+def _compute_losses(subject: _Subject, batch: MicroBatch, *, use_masks: bool) -> torch.Tensor:
+    """Return the loss of each labeled token in evaluation mode."""
+    loss = subject.build_loss(use_masks=use_masks)
+    subject.model.eval()
+    with loss.attention_context():
+        return loss.per_token(subject.model, batch)
+
+
+def _compute_gradients(subject: _Subject, batch: MicroBatch) -> list[torch.Tensor]:
+    """Return the gradients of what is trained, in training mode."""
+    loss = subject.build_loss(use_masks=True)
+    subject.method.set_training(subject.model)
+    trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
+    torch.manual_seed(0)  # dropout
+    with loss.attention_context():
+        value = loss(subject.model, batch)
+        gradients = torch.autograd.grad(value, trained, allow_unused=True)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _add_noise(trained: dict[str, nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=_NOISE)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor, effect: float = 0.0) -> bool:
+    """True if two tensors differ by more than rounding; a value that is not finite differs from all.
+
+    ``effect`` is the norm of the method's effect on them.
+    """
+    return not bool((one - other).norm() <= _TOLERANCE * one.norm() + _EFFECT_TOLERANCE * effect)
+
+
+def _find_problem(check: Callable[[], str | None]) -> str | None:
+    """Return the reason that a check gives, or the error that it ends with."""
+    try:
+        return check()
+    except Exception as error:  # code of peft and of the architecture may fail in any way
+        return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _check_batching(subject: _Subject, together: torch.Tensor, effect: float) -> str | None:
+    batches = [_build_batch(subject.base, subject.method, rows=slice(row, row + 1)) for row in range(len(_LENGTHS))]
+    alone = torch.cat([_compute_losses(subject, batch, use_masks=True) for batch in batches])
+    return "an example's outputs depend on the other rows of its batch" if _differ(alone, together, effect) else None
+
+
+def _check_packing(subject: _Subject, separate: torch.Tensor, effect: float) -> str | None:
+    loss = subject.build_loss(use_masks=False)
+    if loss.uses_masks:
+        return None  # the model itself needs masks, with any method
+    packed = _compute_losses(subject, _build_batch(subject.base, subject.method, packed=True), use_masks=False)
+    return "documents that share a row change each other's outputs" if _differ(separate, packed, effect) else None
+
+
+def _check_checkpointing(subject: _Subject, batch: MicroBatch) -> str | None:
+    plain = _compute_gradients(subject, batch)
+    subject.base.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        recomputed = _compute_gradients(subject, batch)
+    finally:
+        subject.base.gradient_checkpointing_disable()
+    same = len(plain) == len(recomputed) and not any(map(_differ, plain, recomputed))
+    return None if same else "recomputed activations give other gradients"
+
+
+def _check_saving(
+    subject: _Subject, config: PreTrainedConfig, batch: MicroBatch, expected: torch.Tensor, effect: float
+) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        subject.method.save(subject.model, Path(folder))
+        loaded = _apply(build_small_copy(config), subject.method)
+        subject.method.load(loaded.model, Path(folder))
+    losses = _compute_losses(loaded, batch, use_masks=True)
+    return "the saved adapter gives other outputs when it is loaded" if _differ(expected, losses, effect) else None
+
+
+def _check_merging(subject: _Subject, batch: MicroBatch, expected: torch.Tensor, effect: float) -> str | None:
+    if not hasattr(subject.model, "merge_and_unload") or subject.method.virtual_tokens:
+        return "its trained part is not an update of weights"
+    merged = copy.deepcopy(subject.model).merge_and_unload()  # type: ignore[operator]
+    losses = _compute_losses(_Subject(merged, merged, subject.method), batch, use_masks=True)
+    return "the merged weights give other outputs" if _differ(expected, losses, effect) else None
+
+
+def _check_meta(method: Method, config: PreTrainedConfig) -> str | None:
+    base = build_small_copy(config).to("meta")  # type: ignore[arg-type]
+    subject = _apply(base, method)
+    loss = subject.build_loss(use_masks=False)
+    if not loss.uses_masks:  # masks need values, which a memory plan provides
+        batch = _build_batch(base, method, packed=True).map(lambda tensor: tensor.to("meta"))
+        with loss.attention_context():
+            loss(subject.model, batch).backward()
+    return None
+
+
+def _count_values(model: nn.Module) -> int:
+    """Return the number of values of all parameters and buffers; a shared tensor counts once."""
+    tensors = {id(tensor): tensor.numel() for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
