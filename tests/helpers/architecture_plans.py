@@ -82,13 +82,13 @@ def write_tiny_config(case: str, folder: Path, tokenizer: PreTrainedTokenizerBas
     return folder
 
 
-def build_recipe(workshop: Workshop, source: Files, folder: Path, method: str) -> Recipe:
+def build_recipe(workshop: Workshop, source: Files, folder: Path, method: Method) -> Recipe:
     """Return a recipe of three steps with random weights and the memory breakdown in the third.
 
     All examples of ``source`` have the same number of labels.
     """
     return workshop.recipe(
-        METHODS[method],
+        method,
         model={"path": str(folder), "init": "random", "attention": "auto"},
         data={"source": source, "padding": "max_length", "max_length": WIDTH},
         train={"steps": 3, "global_batch_size": ROWS},
@@ -103,7 +103,7 @@ def plan_on_gpu(workshop: Workshop, source: Files, folder: Path, *, device: str,
     Raises:
         PeftbenchError: the architecture cannot be planned.
     """
-    recipe = build_recipe(workshop, source, folder, "lora")
+    recipe = build_recipe(workshop, source, folder, METHODS["lora"])
     updates = {
         "train": recipe.train.model_copy(update={"precision": precision}),
         "data": recipe.data.model_copy(update={"padding": padding}),
@@ -112,7 +112,7 @@ def plan_on_gpu(workshop: Workshop, source: Files, folder: Path, *, device: str,
         plan.simulate_training(ROWS, WIDTH, 8)
 
 
-def compare_run_and_plan(workshop: Workshop, source: Files, folder: Path, method: str) -> tuple[str, str]:
+def compare_run_and_plan(workshop: Workshop, source: Files, folder: Path, method: Method) -> tuple[str, str]:
     """Return the outcome and a reason: EXACT, UNPLANNED (it runs) or REFUSED (both, with the same error message).
 
     Raises:
@@ -138,5 +138,5 @@ def compare_run_and_plan(workshop: Workshop, source: Files, folder: Path, method
         return REFUSED, plan_refusal
     assert record.memory_breakdown is not None
     difference = record.memory_breakdown.peak_bytes - plan.memory_tracker.find_peak().nbytes
-    assert abs(difference) <= TOLERANCE_BYTES
+    assert abs(difference) <= TOLERANCE_BYTES, difference
     return EXACT, ""

@@ -80,6 +80,11 @@ class Method(ConfigSection):
         return 0
 
     @property
+    def occupied_positions(self) -> int:
+        """Positions of the model that the method takes; a sequence has the others."""
+        return self.virtual_tokens
+
+    @property
     def has_frozen_backbone(self) -> bool:
         """True if everything below the output head is frozen and runs without dropout in every step.
 

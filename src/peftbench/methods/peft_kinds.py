@@ -86,7 +86,6 @@ PRESETS: dict[str, Preset] = {
     "waveft": Preset("WAVEFT", (1e-4, 1e-4), _BOARD),
 }
 """Kinds other than ``lora`` and ``prompt_tuning``, which have classes of their own."""
-_PROMPT_TYPES = frozenset({"P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "PROMPT_TUNING"})
 TYPES = frozenset(preset.peft_type for preset in PRESETS.values()) | {"LORA", "PROMPT_TUNING"}
 """Types of peft that start from a base model."""
 REFUSED_TYPES: Mapping[str, str] = {
@@ -133,11 +132,17 @@ def build_preset(kind: str) -> type[Method]:
 def _build_section(kind: str, peft_type: str) -> type[Method]:
     """Return the section of a type: the fields of its config class are its keys."""
     from peftbench.methods.peft_method import PeftMethod
-    from peftbench.methods.peft_prompts import PeftPrompt
+    from peftbench.methods.peft_prompts import PeftPrefix, PeftSoftTokens
     from peftbench.methods.peft_sections import build_fields
 
     preset = PRESETS.get(kind, Preset(peft_type))
-    base: type[PeftMethod] = PeftPrompt if peft_type in _PROMPT_TYPES else PeftMethod
+    bases: dict[str, type[PeftMethod]] = {
+        "CARTRIDGE": PeftPrefix,
+        "P_TUNING": PeftSoftTokens,
+        "PREFIX_TUNING": PeftPrefix,
+        "PROMPT_TUNING": PeftSoftTokens,
+    }
+    base: type[PeftMethod] = bases.get(peft_type, PeftMethod)
     fields = build_fields(peft_type)
     keys: dict[str, Any] = {"kind": (Literal[kind], Field(default=kind, description="Kind of method."))}
     if kind == "peft":

@@ -122,15 +122,19 @@ class PeftMethod(Method):
             "another method"
         )
 
-    def build_config(self, modules: Any) -> PeftConfig:
-        """Return peft's config of this method, with these target modules."""
+    def set_config_values(self, base: PreTrainedModel) -> dict[str, Any]:
+        """Return fields of peft's config that follow from ``base`` and that peft does not find itself."""
+        return {}
+
+    def build_config(self, base: PreTrainedModel, modules: Any) -> PeftConfig:
+        """Return peft's config of this method for ``base``, with these target modules."""
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         values: dict[str, Any] = {name: _to_python(getattr(self, name)) for name in self.config_fields}
         if "target_modules" in values:
             values["target_modules"] = _to_python(modules)
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type]  # type: ignore[index]
-        return config_class(task_type="CAUSAL_LM", **values)
+        return config_class(task_type="CAUSAL_LM", **values, **self.set_config_values(base))
 
     def _add_adapter(self, base: PreTrainedModel, modules: Any) -> nn.Module:
         from peft import get_peft_model
@@ -138,7 +142,7 @@ class PeftMethod(Method):
         with keep_initial_values(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return get_peft_model(base, self.build_config(modules))
+                return get_peft_model(base, self.build_config(base, modules))
             except _PEFT_ERRORS as error:
                 raise UnsupportedModelError(
                     f"method.kind={self.kind} cannot be applied to {base.config.model_type}: {first_line(error)}"

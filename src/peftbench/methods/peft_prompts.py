@@ -1,13 +1,60 @@
-"""Methods of peft that put trained vectors in front of a sequence or of its keys and values."""
+"""Methods of peft that put trained vectors in front of a sequence, or trained keys and values in front of its own."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftbench.methods.peft_method import PeftMethod
+from peftbench.methods.soft_tokens import (
+    add_packed_forward,
+    check_architecture,
+    check_generation,
+    generate_after_soft_tokens,
+    get_embedding_width,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class PeftPrompt(PeftMethod):
-    """Base class of sections of types that learn a prompt."""
+class PeftPrefix(PeftMethod):
+    """Base class of sections of types that learn keys and values, which occupy a model's first positions."""
 
     merges_into_base: ClassVar[bool] = False
+    num_virtual_tokens: int
+
+    @property
+    def occupied_positions(self) -> int:
+        return self.num_virtual_tokens
+
+    def load(self, model: nn.Module, save_directory: Path) -> None:
+        super().load(model, save_directory)
+        model.active_peft_config.inference_mode = True  # type: ignore[union-attr] # only the encoder's output was saved
+
+
+class PeftSoftTokens(PeftPrefix):
+    """Base class of sections of types that learn soft tokens through an encoder."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.num_virtual_tokens
+
+    def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
+        check_architecture(base)
+        model = super().apply(base, tokenizer)
+        add_packed_forward(model, base)
+        return model
+
+    def set_config_values(self, base: PreTrainedModel) -> dict[str, Any]:
+        return {"token_dim": get_embedding_width(base)}
+
+    def check_generation(self, base: PreTrainedModel) -> None:
+        check_generation(base, self.kind)
+
+    def generate(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any
+    ) -> torch.Tensor:
+        return generate_after_soft_tokens(model, input_ids, attention_mask, **generate_kwargs)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from peftbench.errors import UnsupportedModelError
 from peftbench.methods.base import Method
+from peftbench.methods.soft_tokens import (
+    add_packed_forward,
+    check_architecture,
+    check_generation,
+    generate_after_soft_tokens,
+    get_embedding_width,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,16 +55,12 @@ class PromptTuning(Method):
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Count soft tokens times the width of the embedding."""
-        return self.num_virtual_tokens * _get_embedding_width(base)
+        return self.num_virtual_tokens * get_embedding_width(base)
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         from peft import PromptTuningConfig, get_peft_model
 
-        if getattr(base.config, "hidden_size_per_layer_input", None):
-            raise UnsupportedModelError(
-                f"{base.config.model_type} looks up embeddings for each layer by token, and soft tokens have none; use "
-                "another method, e.g. method.kind=lora"
-            )
+        check_architecture(base)
         text: dict[str, Any] = {}
         if self.prompt_tuning_init == "TEXT":
             text = {
@@ -72,67 +71,20 @@ class PromptTuning(Method):
             task_type="CAUSAL_LM",
             num_virtual_tokens=self.num_virtual_tokens,
             prompt_tuning_init=self.prompt_tuning_init,  # type: ignore[arg-type]
-            token_dim=_get_embedding_width(base),  # peft defaults to hidden_size; OPT-350M's embedding is narrower
+            token_dim=get_embedding_width(base),  # peft defaults to hidden_size; OPT-350M's embedding is narrower
             # peft requires both numbers, which only prefix tuning uses; it does not find them in MPT's config.
             num_layers=base.config.num_hidden_layers,
             num_attention_heads=getattr(base.config, "num_attention_heads", None) or 1,
             **text,
         )
         model = get_peft_model(base, config)
-        model.word_embeddings = base.get_input_embeddings()  # type: ignore[assignment] # peft picks a parameter with vocab_size rows
-        model.forward = partial(_forward_packed, model, model.forward)  # type: ignore[method-assign]
+        add_packed_forward(model, base)
         return model
 
     def check_generation(self, base: PreTrainedModel) -> None:
-        if "inputs_embeds" not in inspect.signature(base.prepare_inputs_for_generation).parameters:  # type: ignore[arg-type]
-            raise UnsupportedModelError(
-                f"{base.config.model_type} generates only from token ids, but prompt tuning needs embeddings; set "
-                "evaluate.metrics=[], or use another method, e.g. method.kind=lora"
-            )
+        check_generation(base, self.kind)
 
     def generate(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any
     ) -> torch.Tensor:
-        # peft puts the soft tokens before the padding and drops the position ids, so that a prompt's distance from
-        # them, and its generated text, would depend on the rest of the batch. Here they directly precede the prompt.
-        import torch
-
-        base: PreTrainedModel = model.get_base_model()  # type: ignore[operator]
-        soft: torch.Tensor = model.get_prompt(len(input_ids))  # type: ignore[operator]
-        embedded = base.get_input_embeddings()(input_ids)
-        mask = torch.cat((attention_mask.new_ones(soft.shape[:2]), attention_mask), dim=1)
-        mask, order = mask.sort(dim=1, stable=True)  # padding first; a stable sort keeps the rest in order
-        embeddings = torch.cat((soft.to(embedded.dtype), embedded), dim=1).take_along_dim(order[:, :, None], dim=1)
-        # Without input_ids, transformers returns only the new tokens.
-        new: torch.Tensor = base.generate(inputs_embeds=embeddings, attention_mask=mask, **generate_kwargs)  # type: ignore[operator]
-        return new
-
-
-def _get_embedding_width(base: PreTrainedModel) -> int:
-    return int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index,union-attr]
-
-
-def _forward_packed(
-    model: Any,
-    peft_forward: Callable[..., Any],
-    *,
-    virtual_token_indices: torch.Tensor | None = None,
-    **model_inputs: Any,
-) -> Any:
-    """Run a forward pass in which each document of a row has its own soft tokens.
-
-    ``virtual_token_indices`` (documents x tokens,) are their positions in the row. peft supports only one place, before
-    the first token of a row; its forward pass is used if there are no indices.
-    """
-    import torch
-
-    if virtual_token_indices is None:
-        return peft_forward(**model_inputs)
-    base: PreTrainedModel = model.get_base_model()
-    embedded = base.get_input_embeddings()(model_inputs.pop("input_ids"))
-    # Like peft's get_prompt, which copies the token indices from the CPU on each call and so waits for the GPU.
-    tokens = torch.arange(model.active_peft_config.num_virtual_tokens, device=virtual_token_indices.device)
-    soft = model.prompt_encoder[model.active_adapter](tokens.repeat(len(virtual_token_indices) // len(tokens)))
-    return base(
-        inputs_embeds=embedded.index_copy(1, virtual_token_indices, soft.to(embedded.dtype)[None]), **model_inputs
-    )
+        return generate_after_soft_tokens(model, input_ids, attention_mask, **generate_kwargs)

@@ -216,6 +216,8 @@ _UNSUPPORTED_MATMULS = {
     "chain_matmul",
     "multi_head_attention_forward",
     "cdist",
+    "linalg_inv",
+    "linalg_solve",
 }
 
 
@@ -326,6 +328,8 @@ class _MatmulTracer(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> MatmulCost:
+        if key.shape[-2] != query.shape[-2]:  # more keys than the sequence's own
+            raise NonLinearFlopsError
         scores, mix = 2 * query.shape[1] * query.shape[-1], 2 * query.shape[1] * value.shape[-1]
         probabilities = _needs_gradient(query) or _needs_gradient(key)
         backward = scores * (_needs_gradient(query) + _needs_gradient(key)) + mix * (

@@ -187,7 +187,7 @@ def build_layout(recipe: Recipe, max_positions: int | None) -> SequenceLayout:
         max_length=recipe.data.max_length,
         max_new_tokens=recipe.evaluate.max_new_tokens if recipe.task.evaluation == "generate" else 0,
         max_positions=max_positions,
-        virtual_tokens=recipe.method.virtual_tokens,
+        virtual_tokens=recipe.method.occupied_positions,
     )
 
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from peftbench.common.text import first_line
 from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator
@@ -247,7 +248,10 @@ def _check_packing(subject: _Subject, separate: torch.Tensor, effect: float) -> 
     loss = subject.build_loss(use_masks=False)
     if loss.uses_masks:
         return None  # the model itself needs masks, with any method
-    packed = _compute_losses(subject, _build_batch(subject.base, subject.method, packed=True), use_masks=False)
+    try:
+        packed = _compute_losses(subject, _build_batch(subject.base, subject.method, packed=True), use_masks=False)
+    except Exception:  # code of peft fails in several ways on rows that it does not expect
+        return "documents cannot share a row with what it puts in front of them"
     return "documents that share a row change each other's outputs" if _differ(separate, packed, effect) else None
 
 
@@ -274,7 +278,7 @@ def _check_saving(
 
 
 def _check_merging(subject: _Subject, batch: MicroBatch, expected: torch.Tensor, effect: float) -> str | None:
-    if not hasattr(subject.model, "merge_and_unload") or subject.method.virtual_tokens:
+    if not subject.method.merges_into_base or not hasattr(subject.model, "merge_and_unload"):
         return "its trained part is not an update of weights"
     merged = copy.deepcopy(subject.model).merge_and_unload()  # type: ignore[operator]
     losses = _compute_losses(_Subject(merged, merged, subject.method), batch, use_masks=True)
@@ -287,9 +291,23 @@ def _check_meta(method: Method, config: PreTrainedConfig) -> str | None:
     loss = subject.build_loss(use_masks=False)
     if not loss.uses_masks:  # masks need values, which a memory plan provides
         batch = _build_batch(base, method, packed=True).map(lambda tensor: tensor.to("meta"))
-        with loss.attention_context():
+        with loss.attention_context(), _FunctionNames() as called:
             loss(subject.model, batch).backward()
+        if "linalg_solve" in called.names:
+            return "it solves linear systems, and the buffers of solvers are not modeled"
     return None
+
+
+class _FunctionNames(TorchFunctionMode):
+    """Records the names of torch's functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
 
 
 def _count_values(model: nn.Module) -> int:

@@ -60,7 +60,7 @@ def test_plan_equals_the_run_or_is_refused(  # noqa: PLR0917 — fixtures
 ) -> None:
     """Live bytes are equal, or the message names the module or the architecture."""
     folder = write_tiny_config(case, tmp_path / "base", tokenizer)
-    outcome, reason = compare_run_and_plan(workshop, sources["max_length"], folder, method)
+    outcome, reason = compare_run_and_plan(workshop, sources["max_length"], folder, METHODS[method])
     assert outcome == EXPECTED[case, method]
     if outcome == UNPLANNED:
         assert "cannot be simulated without tensor values" in reason

@@ -187,7 +187,8 @@ class MemorySimulation:
         return hooks
 
     def _pop_module(self, *_: object) -> None:
-        self._module_stack.pop()
+        if self._module_stack:  # a method may copy a module with its hooks
+            self._module_stack.pop()
 
     def __enter__(self) -> MemorySimulation:
         try:
