@@ -53,17 +53,21 @@ class Method(ConfigSection):
     merges_into_base: ClassVar[bool] = False
     """True if the saved adapter can be merged into the base model's weights; False also for a saved whole model."""
 
+    family: ClassVar[str] = ""
+    """Row of the compatibility table: the kind itself by default, or that of the method whose preset it is."""
+
     kind: str
     """Kind of method."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Check the attributes of a subclass.
+        """Set the family of a subclass, and check its attributes.
 
         Raises:
             TypeError: it trains the base model and supports a quantized one, whose matrices cannot be trained.
         """
         super().__pydantic_init_subclass__(**kwargs)
+        cls.family = cls.family or cls.model_fields["kind"].get_default() or ""
         if cls.supports_quantized_base and not cls.keeps_base_frozen:
             raise TypeError(f"{cls.__name__} supports a quantized base, so it must set keeps_base_frozen = True")
 
