@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,14 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.methods.select import Select
+from peftbench.methods.select_presets import Attention, BitFit, Embeddings, LastBlocks, LayerNorm
+from tests.helpers.methods import PRESETS
 from tests.helpers.models import ARCHITECTURES
 from tests.helpers.training import trainable_parameters
 
 if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from peftbench.data.collate import MicroBatch
@@ -51,6 +55,16 @@ VARIANTS: dict[str, dict[str, Method]] = {
         ),
         "prompt_vocabulary": PromptTuning(num_virtual_tokens=5, prompt_tuning_init="SAMPLE_VOCAB"),
     },
+    "select": {
+        "select_block": Select(train=r".*\.1\..*"),
+        "select_within_block": Select(train=r".*\.1\..*(mlp|post_attention).*|.*\.(ln_f|norm)\.weight"),
+        "select_untied_head": Select(train=r"lm_head\.weight", untie_head=True),
+    },
+    "bitfit": {"bitfit": BitFit()},
+    "layer_norm": {"layer_norm": LayerNorm()},
+    "embeddings": {"embeddings": Embeddings(), "embeddings_untied": Embeddings(untie_head=True)},
+    "last_blocks": {"last_block": LastBlocks(), "last_two_blocks": LastBlocks(num_blocks=2)},
+    "attention": {"attention": Attention()},
 }
 """Variants of each method that differ in trained parameters or initialization."""
 
@@ -59,11 +73,23 @@ REFUSED = frozenset(
         ("head_tied", "llama_untied"),
         ("head_outside_blocks", "llama_tied"),
         ("head_outside_blocks", "llama_untied"),
+        ("bitfit", "llama_tied"),
     }
 )
 """Pairs of variant and architecture that a method refuses."""
 
-RATES = {"full": 3e-3, "last_layer": 3e-2, "lora": 2e-2, "prompt_tuning": 0.3}
+RATES = {
+    "full": 3e-3,
+    "last_layer": 3e-2,
+    "lora": 2e-2,
+    "prompt_tuning": 0.3,
+    "select": 3e-2,
+    "bitfit": 1e-1,
+    "layer_norm": 1e-1,
+    "embeddings": 3e-2,
+    "last_blocks": 3e-2,
+    "attention": 3e-2,
+}
 """Learning rates at which each method fits one batch within a few steps."""
 
 
@@ -87,7 +113,16 @@ CASES = [
     if (variant, architecture) not in REFUSED
 ]
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+def mark_cases(cases: Iterable[Case]) -> list[ParameterSet]:
+    """Return one parameter for each case; presets of a method that other cases cover are slow."""
+    return [
+        pytest.param(case, id=str(case), marks=pytest.mark.slow if case.method.kind in PRESETS else ())
+        for case in cases
+    ]
+
+
+every_case = pytest.mark.parametrize("case", mark_cases(CASES))
 """Mark that runs a test for every method, variant and architecture."""
 
 

@@ -7,7 +7,7 @@ import torch
 
 from peftbench.data.encode import SequenceLayout
 from peftbench.errors import OutOfRangeError
-from tests.conformance.battery import CASES, Case, MakeBench, every_case
+from tests.conformance.battery import CASES, Case, MakeBench, every_case, mark_cases
 from tests.helpers.batches import logits, micro_batch
 from tests.helpers.models import POSITIONS
 from tests.helpers.training import summed_loss
@@ -72,7 +72,7 @@ def test_longest_prompt_can_be_continued(case: Case, make_bench: MakeBench) -> N
     assert generated.shape == (2, NEW_TOKENS)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.architecture == "gpt2_tied"], ids=str)
+@pytest.mark.parametrize("case", mark_cases(case for case in CASES if case.architecture == "gpt2_tied"))
 def test_one_token_more_raises_an_index_error(case: Case, make_bench: MakeBench) -> None:
     """Learned position embeddings have no row for it, so the tests above reach the last position."""
     with pytest.raises(IndexError):

@@ -10,7 +10,7 @@ from peftbench.methods import METHODS
 from peftbench.training.loop import train_step
 from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, MakeBench, every_case
 from tests.helpers.batches import micro_batch, one_batch
-from tests.helpers.methods import ONE_OF_EACH
+from tests.helpers.methods import ONE_OF_EACH, PRESETS
 from tests.helpers.models import ARCHITECTURES, meta_base
 from tests.helpers.training import assemble_training, loss_for, summed_loss, trainable_parameters
 
@@ -23,7 +23,7 @@ def test_battery_covers_every_method() -> None:
     assert METHODS
     assert ARCHITECTURES
     assert set(VARIANTS) == set(METHODS) == set(RATES) == {case.method.kind for case in CASES}
-    assert {kind: type(method) for kind, method in ONE_OF_EACH.items()} == METHODS  # used by other tests
+    assert {kind: type(method) for kind, method in (ONE_OF_EACH | PRESETS).items()} == METHODS  # used by other tests
     assert all(variants for variants in VARIANTS.values())
     assert all(type(m) is METHODS[kind] for kind, variants in VARIANTS.items() for m in variants.values())
     variants = [variant for kind in VARIANTS.values() for variant in kind]
@@ -57,14 +57,15 @@ def test_frozen_backbone_has_no_trained_parameter_and_no_dropout(case: Case, mak
 
 @every_case
 def test_method_states_whether_the_base_stays_frozen(case: Case, make_bench: MakeBench) -> None:
-    """``keeps_base_frozen`` is True for exactly the methods that train no matrix of the base model."""
+    """``keeps_base_frozen`` is True for exactly the methods that add parameters; these train no matrix of it."""
     base_names = dict(meta_base(ARCHITECTURES[case.architecture]()).named_parameters(remove_duplicate=False))
-    trained_matrices = {
-        name.removeprefix("base_model.model.").replace(".base_layer", "")
+    trained = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
         for name, parameter in trainable_parameters(make_bench(case).model).items()
-        if parameter.dim() > 1
     }
-    assert case.method.keeps_base_frozen is trained_matrices.isdisjoint(base_names)
+    assert case.method.keeps_base_frozen is not (trained.keys() <= base_names.keys())
+    if case.method.keeps_base_frozen:
+        assert {name for name, parameter in trained.items() if parameter.dim() > 1}.isdisjoint(base_names)
 
 
 @every_case
@@ -99,11 +100,15 @@ def test_loss_depends_on_exactly_the_trained_parameters(case: Case, make_bench: 
 
 @every_case
 def test_backward_pass_ends_at_a_frozen_backbone(case: Case, make_bench: MakeBench) -> None:
-    """The head's input requires a gradient only if the backbone is not frozen."""
+    """The head's input requires a gradient only if a parameter below the head is trained or added."""
     bench = make_bench(case)
     loss = loss_for(bench.model)
     needs_gradient: list[bool] = []
     head = bench.base.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, inputs: needs_gradient.append(inputs[0].requires_grad))
     loss(bench.model, micro_batch(virtual=case.method.virtual_tokens))
-    assert needs_gradient == [not case.method.has_frozen_backbone]
+    head_ids = {id(parameter) for parameter in head.parameters()}
+    trained_below = [p for p in trainable_parameters(bench.model).values() if id(p) not in head_ids]
+    is_tied = head.weight is bench.base.get_input_embeddings().weight and head.weight.requires_grad
+    assert needs_gradient == [bool(trained_below) or is_tied]
+    assert not (case.method.has_frozen_backbone and needs_gradient[0])

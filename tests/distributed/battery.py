@@ -23,7 +23,7 @@ from peftbench.data.sources import Files
 from peftbench.distributed.compatibility import Combination
 from peftbench.distributed.engines import ENGINES, EngineKind
 from peftbench.distributed.sharding import full_weights
-from peftbench.methods import METHODS
+from peftbench.methods import METHOD_FAMILIES, METHODS
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
 from peftbench.run.runner import Run
@@ -40,6 +40,7 @@ RESUMED = "-resumed"
 LINEAR = torch.nn.functional.linear
 _running: list[Combination] = []
 METHOD_KEYS: dict[str, dict[str, object]] = {"lora": {"r": 4}, "prompt_tuning": {"num_virtual_tokens": 5}}
+"""Keys of the method that represents a family."""
 LEARNING_RATES = {
     "sgd": 0.3,
     "lion": 1e-4,
@@ -65,7 +66,7 @@ def build_recipe(point: Combination, base: str, data: str, folder: Path) -> Reci
         name=point.name,
         output_dir=str(folder / point.engine),
         model=Model(path=base),
-        method=METHODS[point.method](**METHOD_KEYS.get(point.method, {})),
+        method=METHODS[METHOD_FAMILIES[point.method][0]](**METHOD_KEYS.get(point.method, {})),
         data=Data(
             source=Files(
                 id="id", train=f"{data}/train.jsonl", validation=f"{data}/validation.jsonl", test=f"{data}/test.jsonl"

@@ -36,7 +36,8 @@ from peftbench.distributed.compatibility import (
 from peftbench.distributed.deepspeed import check_nvme_support
 from peftbench.distributed.engines import ENGINES, SINGLE
 from peftbench.errors import CombinationError, EngineError
-from peftbench.methods import METHODS
+from peftbench.methods import METHOD_FAMILIES
+from peftbench.methods.base import Method
 from peftbench.optim import OPTIMIZERS
 from peftbench.record import RunRecord, read_record
 from peftbench.run.runner import Run
@@ -85,10 +86,10 @@ PARTS = tuple(field.name for field in dataclasses.fields(Combination))
 
 def test_table_covers_every_combination() -> None:
     """Each combination runs or is refused, each engine runs each method, and each rule refuses a combination."""
-    assert len(list(iter_combinations())) == len(METHODS) * len(ENGINES) * len(OPTIMIZERS) * 3
+    assert len(list(iter_combinations())) == len(METHOD_FAMILIES) * len(ENGINES) * len(OPTIMIZERS) * 3
     assert {point.optimizer for point in SINGLE_ONLY} == {"adamw_bf16", "adamw8bit_bf16"}
     assert {(p.engine, p.method) for p in DISTRIBUTED} == {
-        (engine, method) for engine in DISTRIBUTED_ENGINES for method in METHODS
+        (engine, method) for engine in DISTRIBUTED_ENGINES for method in METHOD_FAMILIES
     }
     assert set(ADAMW_FP32) < set(DISTRIBUTED)
     used_rules = {find_blocking_rule(point, device) for point in ALL_COMBINATIONS for device in ("cpu", "cuda")}
@@ -147,7 +148,7 @@ def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch:
     _set_launcher_environment(point.engine, monkeypatch)
     monkeypatch.setattr("peftbench.distributed.deepspeed.check_nvme_support", lambda: None)
     recipe = workshop.recipe(
-        ONE_OF_EACH[point.method],
+        _first_method(point),
         optimizer={"kind": point.optimizer},
         train={
             "precision": point.precision,
@@ -173,9 +174,14 @@ def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch:
     assert rule.reason in str(raised.value)
 
 
+def _first_method(point: Combination) -> Method:
+    """Return the method that represents the family."""
+    return ONE_OF_EACH[METHOD_FAMILIES[point.method][0]]
+
+
 def _has_recipe(point: Combination) -> bool:
     """True if a valid recipe exists: one with a feature cache needs a method with a frozen backbone."""
-    return FEATURE_CACHE not in point.optional_features or ONE_OF_EACH[point.method].has_frozen_backbone
+    return FEATURE_CACHE not in point.optional_features or _first_method(point).has_frozen_backbone
 
 
 def _set_launcher_environment(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +212,7 @@ def assert_matches_one_process(point: Combination, run_engine: RunEngine) -> Non
     assert record.step_losses[-1] < record.step_losses[0]
     assert record.quality is not None
     assert single.quality is not None
-    if ENGINES[point.engine].offloads_to_nvme and point.precision == "bf16" and METHODS[point.method].freezes_weights:
+    if ENGINES[point.engine].offloads_to_nvme and point.precision == "bf16" and _first_method(point).freezes_weights:
         assert record.quality.loss == pytest.approx(single.quality.loss, rel=0.02)  # another type of frozen weights
         _assert_dtypes(point, folder)
         return
@@ -253,7 +259,7 @@ def _assert_dtypes(point: Combination, folder: Path) -> None:
     """
     precision = "fp32" if ENGINES[point.engine].offloads_to_nvme else point.precision
     dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[precision]
-    expected = f"frozen={dtype if METHODS[point.method].freezes_weights else ''} trained=torch.float32"
+    expected = f"frozen={dtype if _first_method(point).freezes_weights else ''} trained=torch.float32"
     for rank in (0, 1):
         lines = (folder.parent / f"dtypes-{rank}").read_text(encoding="utf-8").splitlines()
         recorded = {line.removeprefix(f"{point.name} ") for line in lines if line.startswith(f"{point.name} ")}

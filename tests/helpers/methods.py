@@ -1,4 +1,4 @@
-"""One instance of every method, and parametrize marks over methods and architectures."""
+"""One instance of every method and preset, and parametrize marks over methods and architectures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.methods.select import Select
+from peftbench.methods.select_presets import Attention, BitFit, Embeddings, LastBlocks, LayerNorm
 from tests.helpers.models import ARCHITECTURES
 from tests.helpers.sweeps import mark_others_slow
 
@@ -22,8 +24,21 @@ ONE_OF_EACH: dict[str, Method] = {
     "last_layer": LastLayer(),
     "lora": Lora(r=4),
     "prompt_tuning": PromptTuning(num_virtual_tokens=5),
+    "select": Select(train=r".*\.1\..*"),  # the second block
 }
-"""One instance of every method with few changed keys; the conformance battery checks that none is missing."""
+"""One instance of every method with few changed keys, without those in ``PRESETS``."""
+
+PRESETS: dict[str, Method] = {
+    "bitfit": BitFit(),
+    "layer_norm": LayerNorm(),
+    "embeddings": Embeddings(),
+    "last_blocks": LastBlocks(),
+    "attention": Attention(),
+}
+"""Methods that differ from one in ``ONE_OF_EACH`` only in the parameters that they train; tests of them are slow.
+
+The conformance battery checks that no method is missing in both.
+"""
 
 
 every_method = pytest.mark.parametrize("method", ONE_OF_EACH.values(), ids=ONE_OF_EACH)

@@ -51,15 +51,20 @@ ALL_TYPES = sorted(TYPES)
 def _gemma3_config() -> PreTrainedConfig:
     from transformers import Gemma3TextConfig
 
-    keys = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64}
+    keys: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+    }
     return Gemma3TextConfig(**keys, **heads, pad_token_id=0, bos_token_id=0, eos_token_id=0)
 
 
 def _gpt_neox_config() -> PreTrainedConfig:
     from transformers import GPTNeoXConfig
 
-    keys = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    keys: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     return GPTNeoXConfig(**keys, num_attention_heads=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)
 
 

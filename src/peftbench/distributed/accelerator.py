@@ -168,7 +168,12 @@ def build_combination(recipe: Recipe, engine: EngineKind) -> Combination:
     if recipe.method.freezes_weights and (frozen := FROZEN_DTYPES.get(recipe.model.dtype)):
         features.add(frozen)
     return Combination(
-        recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.resolved_precision, frozenset(features)
+        recipe.method.family,
+        engine.name,
+        recipe.optimizer.kind,
+        recipe.train.resolved_precision,
+        frozenset(features),
+        recipe.method.kind,
     )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from peftbench.distributed.engines import ENGINES, EngineKind
 from peftbench.errors import CombinationError
-from peftbench.methods import METHODS
+from peftbench.methods import METHOD_FAMILIES, METHODS
 from peftbench.methods.base import Method
 from peftbench.optim import OPTIMIZERS, Optimizer
 
@@ -46,6 +46,20 @@ def _optimizers(condition: Callable[[type[Optimizer]], bool]) -> frozenset[str]:
     return frozenset(name for name, optimizer in OPTIMIZERS.items() if condition(optimizer))
 
 
+def _families(condition: Callable[[type[Method]], bool]) -> frozenset[str]:
+    """Return the families of methods that meet ``condition``.
+
+    Raises:
+        TypeError: only some methods of a family do, so that one row of the table would not describe all of them.
+    """
+    families, others = (
+        frozenset(method.family for method in METHODS.values() if condition(method) is value) for value in (True, False)
+    )
+    if mixed := families & others:
+        raise TypeError(f"the methods of the family {min(mixed)} differ in an attribute; give them two families")
+    return families
+
+
 def _group_by_limitation(limitations: Mapping[str, str | None]) -> dict[str, frozenset[str]]:
     """Return the names with each limitation, without those that have none."""
     groups: dict[str, frozenset[str]] = {}
@@ -70,8 +84,8 @@ _SHARDED_ENGINES = _engines(lambda engine: engine.shards_weights)
 _NVME_ENGINES = _engines(lambda engine: engine.offloads_to_nvme)
 _STOCHASTIC_ROUNDING_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.weight_dtype == "bf16")
 _PAGED_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.is_paged)
-_FREEZING_METHODS = frozenset(name for name, method in METHODS.items() if method.freezes_weights)
-_QUANTIZABLE_METHODS = frozenset(name for name, method in METHODS.items() if method.supports_quantized_base)
+_FREEZING_METHODS = _families(lambda method: method.freezes_weights)
+_QUANTIZABLE_METHODS = _families(lambda method: method.supports_quantized_base)
 
 
 @dataclass(frozen=True)
@@ -79,14 +93,17 @@ class Combination:
     """One point of the table."""
 
     method: str
+    """Family of the method."""
     engine: str
     optimizer: str
     precision: str
     optional_features: frozenset[str] = frozenset()
+    kind: str | None = field(default=None, compare=False)
+    """The recipe's ``method.kind``, for messages; None for the first kind of the family."""
 
     @property
     def name(self) -> str:
-        """Name of method, optimizer and precision, valid as a folder's name."""
+        """Name of the family, optimizer and precision, valid as a folder's name."""
         return f"{self.method}-{self.optimizer}-{self.precision}"
 
 
@@ -105,6 +122,7 @@ class Rule:
     optimizers: frozenset[str] | None = None
     precisions: frozenset[str] | None = None
     methods: frozenset[str] | None = None
+    """Families of methods."""
     devices: frozenset[str] | None = None
     optional_feature: str | None = None
     """Matches only recipes that use this feature."""
@@ -114,7 +132,7 @@ class Rule:
         values = [
             f"{key}={value}"
             for key, value, allowed in (
-                ("method.kind", combination.method, self.methods),
+                ("method.kind", combination.kind or METHOD_FAMILIES[combination.method][0], self.methods),
                 ("optimizer.kind", combination.optimizer, self.optimizers),
                 ("train.precision", combination.precision, self.precisions),
             )
@@ -235,7 +253,7 @@ RULES = (
     *(
         Rule(limitation, optional_feature=QUANTIZATION, methods=methods)
         for limitation, methods in _group_by_limitation(
-            {name: _get_quantization_limitation(method) for name, method in METHODS.items()}
+            {method.family: _get_quantization_limitation(method) for method in METHODS.values()}
         ).items()
     ),
     Rule(
@@ -336,9 +354,11 @@ def check(combination: Combination, device: str) -> None:
 
 def describe_changes(requested: Combination, alternative: Combination, device: str) -> str:
     """Describe the changes from one combination to another as recipe keys and an accelerate config."""
-    keys = {"method": "method.kind", "optimizer": "optimizer.kind", "precision": "train.precision"}
+    keys = {"optimizer": "optimizer.kind", "precision": "train.precision"}
     configs = {"single": "single_gpu" if device == "cuda" else "cpu", "ddp": "ddp" if device == "cuda" else "cpu2"}
-    changes = [
+    is_same_method = alternative.method == requested.method
+    changes = [] if is_same_method else [f"method.kind={METHOD_FAMILIES[alternative.method][0]}"]
+    changes += [
         f"{key}={getattr(alternative, name)}"
         for name, key in keys.items()
         if getattr(alternative, name) != getattr(requested, name)
@@ -354,7 +374,7 @@ def describe_changes(requested: Combination, alternative: Combination, device: s
 
 
 def iter_combinations(engine: str | None = None, optional_features: Iterable[str] = ()) -> Iterator[Combination]:
-    """Yield every combination, or those of one engine, with these optional features."""
+    """Yield every combination of a family of methods, or those of one engine, with these optional features."""
     engines = ENGINES if engine is None else (engine,)
-    for values in itertools.product(METHODS, engines, OPTIMIZERS, PRECISIONS):
+    for values in itertools.product(METHOD_FAMILIES, engines, OPTIMIZERS, PRECISIONS):
         yield Combination(*values, frozenset(optional_features))

@@ -16,13 +16,27 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.peft_kinds import PRESETS, PeftByType, build_preset
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.methods.select import Select
+from peftbench.methods.select_presets import Attention, BitFit, Embeddings, LastBlocks, LayerNorm
 
 METHODS: dict[str, type[Method]] = {
     "full": Full,
     "last_layer": LastLayer,
     "lora": Lora,
     "prompt_tuning": PromptTuning,
+    "select": Select,
+    "bitfit": BitFit,
+    "layer_norm": LayerNorm,
+    "embeddings": Embeddings,
+    "last_blocks": LastBlocks,
+    "attention": Attention,
 }
+
+METHOD_FAMILIES: dict[str, tuple[str, ...]] = {
+    family: tuple(kind for kind, method in METHODS.items() if method.family == family)
+    for family in dict.fromkeys(method.family for method in METHODS.values())
+}
+"""The kinds of each family of methods, which have one row of the compatibility table; the first represents it."""
 
 BASELINES: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,

@@ -59,18 +59,21 @@ class Method(ConfigSection):
     """Lowest and highest learning rate of ``learning_rate_source``; None if none is known."""
     learning_rate_source: ClassVar[str] = ""
     """Paper or benchmark that reports ``learning_rates``."""
+    family: ClassVar[str] = ""
+    """Row of the compatibility table: the kind itself by default, or that of the method whose preset it is."""
 
     kind: str
     """Kind of method."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Check the attributes of a subclass.
+        """Set the family of a subclass, and check its attributes.
 
         Raises:
             TypeError: it trains the base model and supports a quantized one, whose matrices cannot be trained.
         """
         super().__pydantic_init_subclass__(**kwargs)
+        cls.family = cls.family or cls.model_fields["kind"].get_default() or ""
         if cls.supports_quantized_base and not cls.keeps_base_frozen:
             raise TypeError(f"{cls.__name__} supports a quantized base, so it must set keeps_base_frozen = True")
 

@@ -35,18 +35,15 @@ def _lora(rates: tuple[float, float], source: str, **defaults: Any) -> Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "adalora": Preset("ADALORA", (1e-4, 1e-3), f"{_BOARD}; Zhang et al. 2023, arXiv:2303.10512"),
     "adamss": Preset("ADAMSS", (1e-4, 1e-4), _BOARD),
     "adaption_prompt": Preset("ADAPTION_PROMPT", (5e-4, 5e-3), _BOARD, {"adapter_len": 10, "adapter_layers": 2}),
     "beft": Preset("BEFT", (1e-4, 1e-4), _BOARD),
     "boft": Preset("BOFT", (1e-4, 1e-4), _BOARD),
     "c3a": Preset("C3A", (0.3, 0.3), _BOARD),
     "cartridge": Preset("CARTRIDGE"),
-    "corda": _lora((2e-5, 2e-5), "Yang et al. 2024, arXiv:2406.05223", init_lora_weights="corda"),
     "deft": Preset("DEFT", (1e-4, 1e-4), _BOARD),
     "delora": Preset("DELORA", (1e-3, 1e-3), _BOARD),
     "dora": _lora((1e-4, 2e-4), f"{_BOARD}; Liu et al. 2024, arXiv:2402.09353", use_dora=True),
-    "eva": _lora((1e-4, 1e-4), f"LoRA's: {_BOARD}", init_lora_weights="eva"),
     "fourierft": Preset("FOURIERFT", (1e-4, 1e-4), f"{_BOARD}, where it learned nothing"),
     "frod": Preset("FROD", (1e-4, 1e-3), _BOARD),
     "glora": Preset("GLORA", (1e-4, 5e-4), _BOARD),
@@ -56,10 +53,8 @@ PRESETS: dict[str, Preset] = {
     "ia3": Preset("IA3", (1e-4, 5e-3), f"{_BOARD}; Liu et al. 2022, arXiv:2205.05638"),
     "lily": Preset("LILY", (1e-4, 1e-4), _BOARD),
     "ln_tuning": Preset("LN_TUNING", (1e-4, 1e-4), f"{_BOARD}, where it learned nothing"),
-    "loftq": _lora((1e-4, 1e-4), f"LoRA's: {_BOARD}", init_lora_weights="loftq"),
     "loha": Preset("LOHA", (1e-4, 1e-4), _BOARD),
     "lokr": Preset("LOKR", (3e-3, 3e-3), _BOARD),
-    "lora_ga": _lora((1e-4, 1e-4), f"LoRA's: {_BOARD}", init_lora_weights="lora_ga"),
     "mica": _lora((1e-4, 1e-4), _BOARD, init_lora_weights="mica"),
     "miss": Preset("MISS", (1e-4, 1e-4), _BOARD),
     "oft": Preset("OFT", (1e-4, 1e-4), _BOARD),
@@ -89,12 +84,13 @@ PRESETS: dict[str, Preset] = {
 TYPES = frozenset(preset.peft_type for preset in PRESETS.values()) | {"LORA", "PROMPT_TUNING"}
 """Types of peft that start from a base model."""
 REFUSED_TYPES: Mapping[str, str] = {
+    "ADALORA": "it reallocates its ranks and adds a penalty to the loss in each step",
     "CPT": "its token ids and masks belong to one prompt",
     "MULTITASK_PROMPT_TUNING": "it needs the task of each example",
     "POLY": "it needs the task of each example",
     "XLORA": "it mixes adapters that are already trained",
 }
-"""Types that do not start from a base model alone, and the reason."""
+"""Types that need more than a base model and examples, and the reason."""
 
 
 class PeftByType(Method):
@@ -131,12 +127,13 @@ def build_preset(kind: str) -> type[Method]:
 @functools.cache
 def _build_section(kind: str, peft_type: str) -> type[Method]:
     """Return the section of a type: the fields of its config class are its keys."""
-    from peftbench.methods.peft_method import PeftMethod
+    from peftbench.methods.peft_method import PeftLora, PeftMethod
     from peftbench.methods.peft_prompts import PeftPrefix, PeftSoftTokens
     from peftbench.methods.peft_sections import build_fields
 
     preset = PRESETS.get(kind, Preset(peft_type))
     bases: dict[str, type[PeftMethod]] = {
+        "LORA": PeftLora,
         "CARTRIDGE": PeftPrefix,
         "P_TUNING": PeftSoftTokens,
         "PREFIX_TUNING": PeftPrefix,

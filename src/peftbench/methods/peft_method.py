@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from unittest.mock import patch
 
+from pydantic import field_validator
+
 from peftbench.common.text import first_line
 from peftbench.errors import UnsupportedModelError
 from peftbench.methods.base import Method
@@ -46,6 +48,7 @@ class PeftMethod(Method):
     supports_quantized_base: ClassVar[bool] = True
     merges_into_base: ClassVar[bool] = True
     needs_trial: ClassVar[bool] = True
+    family: ClassVar[str] = "lora"  # it adds trained parameters to a frozen model, as LoRA does
     peft_type: ClassVar[str]
     """Name of the type in peft's ``PeftType``."""
     config_fields: ClassVar[tuple[str, ...]]
@@ -149,6 +152,24 @@ class PeftMethod(Method):
                 ) from error
 
 
+class PeftLora(PeftMethod):
+    """Base class of the sections of LoRA's variants."""
+
+    init_lora_weights: bool | str
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _check_init(cls, value: bool | str) -> bool | str:
+        if value in _DATA_INITS:
+            raise ValueError(
+                f"{value} needs a pass over the data before the training, which is not supported; use true, gaussian, "
+                "pissa, olora, orthogonal or mica"
+            )
+        return value
+
+
+_DATA_INITS = ("corda", "eva", "loftq", "lora_ga")
+"""Initial values of LoRA that are computed from data, or with a quantized base; without that they are the default."""
 _PEFT_ERRORS = (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, LookupError)
 """What peft raises for a config or a layer that a type does not support."""
 

@@ -24,6 +24,7 @@ class PeftPrefix(PeftMethod):
     """Base class of sections of types that learn keys and values, which occupy a model's first positions."""
 
     merges_into_base: ClassVar[bool] = False
+    family: ClassVar[str] = "prompt_tuning"
     num_virtual_tokens: int
 
     @property

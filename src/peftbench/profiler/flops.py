@@ -249,6 +249,8 @@ class _MatmulTracer(TorchFunctionMode):
         """Block and identities of two weights whose product is recorded."""
         self._recorded_calls: list[tuple[int | None, list[MatmulCost]]] = []
         """(block, its products) of every function that saves tensors for the backward pass or is a product."""
+        self._blocks_with_saved_tensors: set[int | None] = set()
+        """Blocks in which a function other than a product saves a tensor to compute a gradient."""
 
     def iter_matmuls(self) -> Iterator[MatmulCost]:
         """Yield every product of the pass."""
@@ -261,7 +263,9 @@ class _MatmulTracer(TorchFunctionMode):
             raise UnsupportedFlopsError("gradient checkpointing of a model without GradientCheckpointingLayer blocks")
         last = {block: index for index, (block, _) in enumerate(self._recorded_calls)}
         for index, (block, products) in enumerate(self._recorded_calls):
-            needed = any(p.backward_flops for b, matmuls in self._recorded_calls if b == block for p in matmuls)
+            needed = block in self._blocks_with_saved_tensors or any(
+                p.backward_flops for b, matmuls in self._recorded_calls if b == block for p in matmuls
+            )
             if block is not None and needed and index < last[block]:
                 yield from products
 
@@ -273,6 +277,8 @@ class _MatmulTracer(TorchFunctionMode):
         matmuls = self._find_matmuls(func, name, args, kwargs)
         if matmuls or (self.block_index is not None and not _saves_no_tensors(name, args, kwargs)):
             self._recorded_calls.append((self.block_index, matmuls))
+            if not matmuls and any(isinstance(arg, torch.Tensor) and _needs_gradient(arg) for arg in args):
+                self._blocks_with_saved_tensors.add(self.block_index)
         return func(*args, **kwargs)
 
     def record_quantized_matmul(self, inputs: torch.Tensor, in_features: int, out_features: int) -> None:

@@ -19,8 +19,9 @@ from peftbench.common.fingerprint import may_be_equal
 from peftbench.data.batches import Batches, EncodedExamples
 from peftbench.distributed import deepspeed
 from peftbench.distributed.accelerator import AcceleratorContext, verify_engine_config
-from peftbench.errors import ModelError, OutOfRangeError
+from peftbench.errors import ModelError, OutOfRangeError, UnsupportedModelError
 from peftbench.feature_cache.cached_training import open_feature_cache
+from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.modeling.frozen_weights import convert_frozen_weights
 from peftbench.modeling.generation import list_settings
@@ -160,12 +161,17 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
         trained = f", and trained ones in {recipe.optimizer.weight_dtype}" if recipe.method.is_trainable else ""
         notes.append(f"frozen weights are held in {recipe.frozen_dtype} (model.dtype){trained}")
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if recipe.method.is_trainable and trainable == 0:
+        raise UnsupportedModelError(
+            f"method.kind={recipe.method.kind} trains no parameter of this {base.model.config.model_type}; use another "
+            "method"
+        )
     requested = recipe.train.gradient_checkpointing and recipe.method.is_trainable
     checkpointing = requested and not recipe.method.has_frozen_backbone
     if requested and not checkpointing:
         notes.append("gradient checkpointing is off: nothing below the head has a backward pass")
     if checkpointing:
-        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(base.model)
     if recipe.optimizer.weight_dtype == "bf16":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data

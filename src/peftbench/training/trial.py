@@ -86,7 +86,7 @@ class Trial:
     @property
     def mask_reason(self) -> str | None:
         """Reason for which sequences must not share a row; None if they may."""
-        return self.batching_problem or self.packing_problem
+        return self.packing_problem
 
 
 NO_TRIAL = Trial()

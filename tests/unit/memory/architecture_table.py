@@ -46,7 +46,7 @@ def print_table(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Files)
         workshop = Workshop(lambda _, base=base: base, source, folder / "out")  # type: ignore[misc]
         cells = []
         for method in METHODS:
-            outcome, reason = compare_run_and_plan(workshop, source, base, method)
+            outcome, reason = compare_run_and_plan(workshop, source, base, METHODS[method])
             cells.append(outcome)
             if outcome != EXACT:
                 _add_case(cases_by_reason, case, reason)

@@ -14,6 +14,8 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.methods.select import Select
+from peftbench.methods.select_presets import Attention, BitFit, Embeddings, LastBlocks, LayerNorm
 from tests.helpers.models import meta_base
 from tests.helpers.training import trainable_parameters
 
@@ -31,6 +33,15 @@ COUNTS_BY_HAND: list[tuple[Method, int]] = [
     (Lora(r=16, target_modules=None, use_dora=True), 589_824 + 12 * 2_304),
     (Lora(r=8, target_modules=("c_attn", "c_proj", "c_fc")), 12 * 8 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))),
     (PromptTuning(num_virtual_tokens=20), 15_360),  # 20 x 768
+    (Select(train=r"transformer\.wpe\.weight"), 786_432),  # 1,024 x 768
+    (Select(train=r"transformer\.wte\.weight|lm_head\.weight"), 38_597_376),  # one tied matrix
+    (Select(train=r"transformer\.wte\.weight|lm_head\.weight", untie_head=True), 2 * 38_597_376),
+    # The biases of c_attn and c_fc, and four vectors of width 768 per block; the bias of the final norm.
+    (BitFit(), 12 * (2_304 + 3_072 + 4 * 768) + 768),
+    (LayerNorm(), (2 * 12 + 1) * 2 * 768),
+    (Embeddings(), 38_597_376),
+    (LastBlocks(num_blocks=2), 2 * (12 * 768**2 + 13 * 768)),
+    (Attention(), 12 * (768 * (2_304 + 768) + 2_304 + 768)),
 ]
 """Trainable parameters of GPT-2 small, counted by hand."""
 

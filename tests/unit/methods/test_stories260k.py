@@ -15,6 +15,8 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.methods.select import Select
+from peftbench.methods.select_presets import Attention, Embeddings, LastBlocks, LayerNorm
 from peftbench.modeling.loading import LoadedModel, load_model
 from peftbench.recipe.schema import Model
 from peftbench.training.loop import train_step
@@ -24,13 +26,21 @@ from tests.helpers.training import assemble_training, trainable_parameters
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+ATTENTION = 2 * 64 * 64 + 2 * 64 * 32
+"""Parameters of a block's attention: q and o, k and v (which have half the heads)."""
+BLOCK = ATTENTION + 3 * 64 * 172 + 2 * 64
+"""Parameters of a block: attention, the three MLP matrices, and two normalizations."""
 COUNTS_BY_HAND: list[tuple[Method, int]] = [
-    # Embedding; in each of 5 layers q and o, k and v, the three MLP matrices, two norms; the final norm.
-    (Full(), 512 * 64 + 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172 + 2 * 64) + 64),
+    (Full(), 512 * 64 + 5 * BLOCK + 64),  # embedding, blocks, and the final norm
     (LastLayer(), 512 * 64),
     # q and o, k and v (which have half the heads), and the three MLP matrices of 5 layers.
     (Lora(r=8), 5 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 172))),
     (PromptTuning(num_virtual_tokens=20), 20 * 64),
+    (Select(train=r".*\.0\..*"), BLOCK),
+    (LayerNorm(), 11 * 64),
+    (Embeddings(), 512 * 64),
+    (LastBlocks(num_blocks=2), 2 * BLOCK),
+    (Attention(), 5 * ATTENTION),
 ]
 
 
@@ -44,9 +54,9 @@ def stories(shared_data: Path) -> LoadedModel:
 
 
 def test_counts_cover_every_method() -> None:
-    """Each method has exactly one row."""
+    """Each method has exactly one row, except bitfit: the model has no biases."""
     assert METHODS
-    assert [method.kind for method, _ in COUNTS_BY_HAND] == list(METHODS)
+    assert [method.kind for method, _ in COUNTS_BY_HAND] == [kind for kind in METHODS if kind != "bitfit"]
 
 
 @pytest.mark.parametrize(("method", "expected"), COUNTS_BY_HAND, ids=[method.kind for method, _ in COUNTS_BY_HAND])

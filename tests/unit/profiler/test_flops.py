@@ -17,9 +17,11 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from tests.conformance.battery import REFUSED, VARIANTS
+from tests.helpers.methods import PRESETS
 from tests.helpers.models import ARCHITECTURES
 from tests.helpers.sweeps import mark_slow
 
@@ -41,10 +43,9 @@ CASES = [
 
 
 def is_plain(point: tuple[Any, ...]) -> bool:
-    """True for a method's first variant on the first architecture, with and without checkpointing."""
-    return point[0] in {next(iter(variants)) for variants in VARIANTS.values()} and point[1] == next(
-        iter(ARCHITECTURES)
-    )
+    """True for a method's first variant on the first architecture, with and without checkpointing; not for presets."""
+    first = {next(iter(variants)) for kind, variants in VARIANTS.items() if kind not in PRESETS}
+    return point[0] in first and point[1] == next(iter(ARCHITECTURES))
 
 
 def full_rectangle(method: Method, rows: int = ROWS, width: int = WIDTH) -> FlopUnits:
@@ -97,7 +98,7 @@ def test_closed_form_equals_dispatched_flops(  # noqa: PLR0917
     base = with_dropout(fresh_base(architecture), dropout)
     model = method.apply(base, tokenizer).train()
     if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(base)
     flop_cost = count_flops(
         model,
         base,
@@ -124,7 +125,7 @@ def test_closed_form_equals_dispatched_flops_on_meta(  # noqa: PLR0917
     base.set_attn_implementation("eager")
     model = method.apply(base, tokenizer).train()
     if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(base)
     flop_cost = count_flops(
         model,
         base,
@@ -133,6 +134,31 @@ def test_closed_form_equals_dispatched_flops_on_meta(  # noqa: PLR0917
         computes_all_logits=True,
     )
     assert flop_cost.compute_hardware_flops(full_rectangle(method)) == count_dispatched_flops(model.to("meta"), "meta")
+
+
+@pytest.mark.parametrize(("variant", "architecture"), mark_slow(PAIRS, is_plain, seed=8))
+def test_model_flops_do_not_depend_on_checkpointing(
+    variant: str, architecture: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Recomputation is not needed, and the backward pass ends at the lowest trained parameter either way."""
+    method = METHOD_VARIANTS[variant]
+    base = fresh_base(architecture)
+    model = method.apply(base, tokenizer)
+    method.set_training(model)
+
+    def count(*, checkpointing: bool) -> int:
+        cost = count_flops(
+            model,
+            base,
+            virtual_tokens=method.virtual_tokens,
+            gradient_checkpointing=checkpointing,
+            computes_all_logits=False,
+        )
+        return cost.compute_model_flops(full_rectangle(method))
+
+    plain = count(checkpointing=False)
+    enable_checkpointing(base)
+    assert count(checkpointing=True) == plain
 
 
 def test_gpt2_small_matches_textbook_formulas(tokenizer: PreTrainedTokenizerBase) -> None:

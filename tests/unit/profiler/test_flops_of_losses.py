@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from peftbench.data.collate import Collator, FlopUnits, MicroBatch, PaddingFreeCollator
 from peftbench.methods.base import Method
 from peftbench.modeling import cross_entropy
+from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.modeling.loss import CausalLMLoss, LabeledLogitsLoss
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import FlopCost, count_flops
@@ -71,7 +72,7 @@ def test_closed_form_of_loss_equals_dispatched_flops(  # noqa: PLR0917
     model = method.apply(base, tokenizer)
     method.set_training(model)
     if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(base)
     loss = loss_for(model)
     assert isinstance(loss, LabeledLogitsLoss)
     assert not loss.uses_masks

@@ -13,6 +13,7 @@ import torch
 from peftbench.methods.base import Method
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import count_flops
 from tests.helpers.models import ARCHITECTURES
@@ -76,7 +77,7 @@ def test_closed_form_equals_dispatched_flops(  # noqa: PLR0917
     for base in (load_quantized(base_folder(architecture), bits), fresh_base(architecture)):
         model = method.apply(base, tokenizer).train()
         if checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(base)
         closed_form = count_flops(
             model,
             base,

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from peftbench.methods.base import Method
+from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.profiler.memory_breakdown import MEMORY_CATEGORIES, EngineBuffers, MemoryTracker
 from tests.helpers.batches import labels_of, mask_of, micro_batch
 from tests.helpers.methods import ONE_OF_EACH
@@ -181,7 +182,7 @@ def test_peak_equals_torch_allocator_peak(  # noqa: PLR0917
     base = fresh_base(architecture)
     model = method.apply(base, tokenizer).train()
     if checkpointing and not method.has_frozen_backbone:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(base)
     batch = micro_batch([(40, 5)] * 6, virtual=method.virtual_tokens)
     mask, labels = mask_of(batch), labels_of(batch, method.virtual_tokens)
 

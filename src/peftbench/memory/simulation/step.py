@@ -31,6 +31,7 @@ from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.simulation.device import DeviceEmulation
 from peftbench.memory.simulation.model import build_meta_model
 from peftbench.memory.simulation.values import FakeScalars
+from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.modeling.loading import load_config
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
@@ -146,7 +147,7 @@ class MemorySimulation:
         self.gradient_checkpointing = adapted.gradient_checkpointing
         if adapted.gradient_checkpointing:
             context_fn: Callable[[], Any] = lambda: (nullcontext(), self.emulation.recompute())  # noqa: E731
-            self.loaded_model.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
+            enable_checkpointing(self.loaded_model.model, context_fn=context_fn)
         if device_type == "cpu":
             _move_plain_tensors_to_meta(self.model)
         self.step_parts = _StepPartTracker(self.emulation)
