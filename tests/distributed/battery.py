@@ -48,6 +48,7 @@ LEARNING_RATES = {
     "apollo": 1e-2,
     "adamw_bf16": 3e-3,
     "galore": 1e-2,
+    "muon": 1e-2,
 }
 OPTIMIZER_KEYS: dict[str, dict[str, object]] = {
     "galore": {"rank": 8, "update_gap": 3},

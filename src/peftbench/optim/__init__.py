@@ -10,6 +10,7 @@ from peftbench.optim.base import Optimizer
 from peftbench.optim.bitsandbytes import AdamW8bit, AdamW32bit, Lion, Lion8bit, PagedAdamW8bit
 from peftbench.optim.deepspeed_cpu import DeepSpeedCPUAdam
 from peftbench.optim.low_rank import Apollo, GaLore
+from peftbench.optim.muon import Muon
 from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
 from peftbench.optim.torch_optimizers import SGD, Adafactor, AdamW
 
@@ -29,6 +30,7 @@ __all__ = [
     "GaLore",
     "Lion",
     "Lion8bit",
+    "Muon",
     "Optimizer",
     "PagedAdamW8bit",
 ]
@@ -47,6 +49,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "deepspeed_cpu_adam": DeepSpeedCPUAdam,
     "galore": GaLore,
     "apollo": Apollo,
+    "muon": Muon,
 }
 
 OPTIMIZER_LIBRARIES = tuple(dict.fromkeys(optimizer.library for optimizer in OPTIMIZERS.values()))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftbench.common.schema import ConfigSection
+from peftbench.optim.roles import NO_ROLES, ParameterRoles
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +62,8 @@ class Optimizer(ConfigSection):
     """Weight decay on every trained tensor; decoupled, except SGD's."""
 
     @abstractmethod
-    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
-        """Build a torch optimizer over ``parameters``; ``embeddings`` are the embedding matrices among them.
+    def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
+        """Build a torch optimizer over ``parameters``; ``roles`` are the roles of those that have one.
 
         Raises:
             OptimizerError: its library is not installed or does not work on this machine.
@@ -70,6 +71,10 @@ class Optimizer(ConfigSection):
 
     def on_prepared(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Adapt to the parameter groups of an engine, which may have replaced the parameters by tensors of its own."""
+
+    def list_notes(self, _param_groups: Sequence[dict[str, Any]]) -> list[str]:
+        """Return notes on the training for the record."""
+        return []
 
     def meta_context(self) -> AbstractContextManager[None]:
         """Return a context for steps on the meta device, which patches library calls that need values."""

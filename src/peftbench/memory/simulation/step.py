@@ -37,6 +37,7 @@ from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
 from peftbench.training.build import (
     TrainingComponents,
     apply_method,
+    build_optimizer,
     check_generation,
     get_loaded_dtype,
     prepare_with_engine,
@@ -355,9 +356,7 @@ class MemorySimulation:
             )
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = self.recipe.optimizer.build(trainable, [p for p in trainable if id(p) in embeddings])
+        optimizer = build_optimizer(self.recipe, self.model)
         self.recipe.optimizer.on_prepared(optimizer.param_groups)
         self._enable_fused(optimizer)
         return optimizer
@@ -366,7 +365,8 @@ class MemorySimulation:
         """Select the fused AdamW kernel, as torch does for real weights."""
         if self.recipe.optimizer.is_fused:
             for group in optimizer.param_groups:
-                group["fused"] = True
+                if "fused" in group:
+                    group["fused"] = True
 
     def _build_batch(
         self, batch_size: int, sequence_length: int, labeled_tokens: LabelCounts, num_micro_batches: int
