@@ -148,6 +148,12 @@ RULES = (
         optimizers=_optimizers(lambda optimizer: optimizer.needs_matrices),
     ),
     *(
+        Rule(limitation, engines=_DEEPSPEED_ENGINES, optimizers=optimizers)
+        for limitation, optimizers in _group_by_limitation(
+            {name: optimizer.deepspeed_limitation for name, optimizer in OPTIMIZERS.items()}
+        ).items()
+    ),
+    *(
         Rule(limitation, engines=_FSDP_ENGINES, optimizers=optimizers)
         for limitation, optimizers in _group_by_limitation(
             {name: optimizer.dtensor_limitation for name, optimizer in OPTIMIZERS.items()}

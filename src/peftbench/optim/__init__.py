@@ -11,6 +11,7 @@ from peftbench.optim.bitsandbytes import AdamW8bit, AdamW32bit, Lion, Lion8bit, 
 from peftbench.optim.deepspeed_cpu import DeepSpeedCPUAdam
 from peftbench.optim.low_rank import Apollo, GaLore
 from peftbench.optim.muon import Muon
+from peftbench.optim.schedule_free import ScheduleFree
 from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
 from peftbench.optim.torch_optimizers import SGD, Adafactor, AdamW
 
@@ -33,6 +34,7 @@ __all__ = [
     "Muon",
     "Optimizer",
     "PagedAdamW8bit",
+    "ScheduleFree",
 ]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -50,6 +52,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "galore": GaLore,
     "apollo": Apollo,
     "muon": Muon,
+    "schedule_free": ScheduleFree,
 }
 
 OPTIMIZER_LIBRARIES = tuple(dict.fromkeys(optimizer.library for optimizer in OPTIMIZERS.values()))

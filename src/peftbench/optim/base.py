@@ -41,6 +41,10 @@ class Optimizer(ConfigSection):
     """True if it treats a matrix differently from the vector of its values."""
     dtensor_limitation: ClassVar[str | None] = None
     """Reason for which it cannot step DTensors (fsdp2's sharded tensors); None if it supports them."""
+    deepspeed_limitation: ClassVar[str | None] = None
+    """Reason for which it cannot step the vectors of DeepSpeed ZeRO; None if it supports them or needs matrices."""
+    averages_weights: ClassVar[bool] = False
+    """True if an average of the weights is evaluated, which replaces a decay of the learning rate."""
     weight_dtype: ClassVar[Literal["fp32", "bf16"]] = "fp32"
     """Type of the weights that it steps."""
     approximation: ClassVar[str | None] = None
@@ -75,6 +79,13 @@ class Optimizer(ConfigSection):
     def list_notes(self, _param_groups: Sequence[dict[str, Any]]) -> list[str]:
         """Return notes on the training for the record."""
         return []
+
+    def set_evaluation(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the model, after the last step, the weights that are evaluated and saved."""
+
+    def evaluation_weights(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Return a context in which the model has these weights; afterwards it has those that are trained."""
+        return nullcontext()
 
     def meta_context(self) -> AbstractContextManager[None]:
         """Return a context for steps on the meta device, which patches library calls that need values."""

@@ -174,6 +174,7 @@ def test_rank_of_an_update(name: str, rank: int) -> None:
         ("galore", "pytorch_optimizer"),
         ("apollo", "apollo_torch"),
         ("adamw_bf16", "torchao.optim"),
+        ("schedule_free", "schedulefree"),
         ("adamw8bit_bf16", "torchao.optim"),
     ],
 )
