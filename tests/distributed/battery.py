@@ -53,6 +53,7 @@ LEARNING_RATES = {
 OPTIMIZER_KEYS: dict[str, dict[str, object]] = {
     "galore": {"rank": 8, "update_gap": 3},
     "apollo": {"rank": 8, "update_gap": 3},
+    "lisa": {"num_blocks": 1, "interval": 2},
 }
 
 

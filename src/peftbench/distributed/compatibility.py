@@ -159,6 +159,17 @@ RULES = (
             {name: optimizer.dtensor_limitation for name, optimizer in OPTIMIZERS.items()}
         ).items()
     ),
+    *(
+        Rule(limitation, engines=frozenset({"ddp"}), optimizers=optimizers)
+        for limitation, optimizers in _group_by_limitation(
+            {name: optimizer.ddp_limitation for name, optimizer in OPTIMIZERS.items()}
+        ).items()
+    ),
+    Rule(
+        "this optimizer freezes blocks in turns, and only full fine-tuning trains all of them",
+        optimizers=_optimizers(lambda optimizer: optimizer.freezes_blocks),
+        methods=_FREEZING_METHODS,
+    ),
     Rule(
         "stochastic rounding draws different random numbers on each rank, so that the replicas would diverge",
         engines=frozenset({"ddp"}),

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Tag
 from peftbench.optim.base import Optimizer
 from peftbench.optim.bitsandbytes import AdamW8bit, AdamW32bit, Lion, Lion8bit, PagedAdamW8bit
 from peftbench.optim.deepspeed_cpu import DeepSpeedCPUAdam
+from peftbench.optim.lisa import Lisa
 from peftbench.optim.low_rank import Apollo, GaLore
 from peftbench.optim.muon import Muon
 from peftbench.optim.schedule_free import ScheduleFree
@@ -31,6 +32,7 @@ __all__ = [
     "GaLore",
     "Lion",
     "Lion8bit",
+    "Lisa",
     "Muon",
     "Optimizer",
     "PagedAdamW8bit",
@@ -53,6 +55,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "apollo": Apollo,
     "muon": Muon,
     "schedule_free": ScheduleFree,
+    "lisa": Lisa,
 }
 
 OPTIMIZER_LIBRARIES = tuple(dict.fromkeys(optimizer.library for optimizer in OPTIMIZERS.values()))

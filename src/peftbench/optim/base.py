@@ -43,6 +43,10 @@ class Optimizer(ConfigSection):
     """Reason for which it cannot step DTensors (fsdp2's sharded tensors); None if it supports them."""
     deepspeed_limitation: ClassVar[str | None] = None
     """Reason for which it cannot step the vectors of DeepSpeed ZeRO; None if it supports them or needs matrices."""
+    ddp_limitation: ClassVar[str | None] = None
+    """Reason for which it cannot step the replicas of DDP; None if it supports them."""
+    freezes_blocks: ClassVar[bool] = False
+    """True if a step trains some blocks only; the method must then freeze no weights itself."""
     averages_weights: ClassVar[bool] = False
     """True if an average of the weights is evaluated, which replaces a decay of the learning rate."""
     weight_dtype: ClassVar[Literal["fp32", "bf16"]] = "fp32"
@@ -79,6 +83,17 @@ class Optimizer(ConfigSection):
     def list_notes(self, _param_groups: Sequence[dict[str, Any]]) -> list[str]:
         """Return notes on the training for the record."""
         return []
+
+    def list_plan_notes(self) -> list[str]:
+        """Return notes on a memory plan."""
+        return []
+
+    def start_step(self, optimizer: torch.optim.Optimizer, step: int, seed: int) -> None:
+        """Choose the parameters that ``step`` (counted from 0) trains; they depend on it and on ``seed`` alone."""
+
+    def first_step(self, model: nn.Module, seed: int) -> AbstractContextManager[None]:
+        """Return a context in which only the parameters of ``model`` that the first step trains require gradients."""
+        return nullcontext()
 
     def set_evaluation(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the model, after the last step, the weights that are evaluated and saved."""

@@ -29,12 +29,11 @@ def find_roles(model: nn.Module) -> ParameterRoles:
     """Return the roles of the parameters of ``model`` that require gradients."""
     from torch import nn
     from transformers import PreTrainedModel
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     modules = list(model.modules())
     heads = [one.get_output_embeddings() for one in modules if isinstance(one, PreTrainedModel)]
     head = next((one for one in heads if one is not None), None)
-    blocks = [_list_trained(one) for one in modules if isinstance(one, GradientCheckpointingLayer)]
+    blocks = [tuple(one for one in block if one.requires_grad) for block in list_blocks(model)]
     return ParameterRoles(
         embeddings=tuple(
             parameter for one in modules if isinstance(one, nn.Embedding) for parameter in _list_trained(one)
@@ -42,6 +41,13 @@ def find_roles(model: nn.Module) -> ParameterRoles:
         head=_list_trained(head) if head is not None else (),
         blocks=tuple(parameters for parameters in blocks if parameters),
     )
+
+
+def list_blocks(model: nn.Module) -> list[tuple[nn.Parameter, ...]]:
+    """Return the parameters of each transformer block, from the lowest block to the highest."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [tuple(one.parameters()) for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
 
 
 def _list_trained(module: nn.Module) -> tuple[nn.Parameter, ...]:

@@ -78,6 +78,8 @@ class TrainingComponents:
     """Runs the forward pass in the recipe's precision where the engine does not."""
     activation_offload: Callable[[], AbstractContextManager[object]] = nullcontext
     """Offloads tensors that autograd saves for the backward pass."""
+    start_step: Callable[[int], None] = lambda _step: None
+    """Chooses the parameters that a step (counted from 0) trains."""
     feature_store: FeatureStore | None = None
     """Store of the frozen backbone's hidden states, None without a feature cache."""
     notes: tuple[str, ...] = ()
@@ -228,6 +230,7 @@ def build_training(
         cost,
         unknown_reason,
         counter_complete,
+        start_step=partial(recipe.optimizer.start_step, inner_optimizer, seed=settings.seed),
         notes=(*_list_notes(recipe, inner_optimizer, len(examples)), *(cached.notes if cached else ())),
     )
     if cached is not None:
@@ -329,7 +332,11 @@ def _count_flops(
     method.set_training(adapted_model.model)
     model, base = adapted_model.model, adapted_model.base.model
     try:
-        with context.autocast(), adapted_model.loss.attention_context():
+        with (
+            context.autocast(),
+            adapted_model.loss.attention_context(),
+            recipe.optimizer.first_step(model, recipe.train.seed),
+        ):
             cost = count_flops(
                 model,
                 base,

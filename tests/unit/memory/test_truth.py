@@ -26,6 +26,8 @@ from tests.helpers.records import count_labels_per_row
 from tests.helpers.workshop import Workshop
 
 OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
+SMALL_KEYS: dict[str, dict[str, int]] = {"galore": {"rank": 8}, "apollo": {"rank": 8}, "lisa": {"num_blocks": 1}}
+"""Keys of optimizers whose defaults are too large for a small model."""
 WIDTH = 48
 SHORT = 30
 """Tokens per row, fewer than in any example, so that no row is padded."""
@@ -152,7 +154,7 @@ def test_simulated_peak_by_type_of_frozen_weights(
 )
 def test_simulated_peak_of_an_optimizer_step(name: str, workshop: Workshop, sources: dict[str, Files]) -> None:
     """It includes states, temporaries and, with accumulation, gradients that are live at the peak."""
-    optimizer = OPTIMIZER_CLASSES[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
+    optimizer = OPTIMIZER_CLASSES[name](**SMALL_KEYS.get(name, {}))
     recipe = workshop.recipe(
         Full(),
         optimizer=optimizer,

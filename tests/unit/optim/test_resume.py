@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 
 from peftbench.methods.full import Full
-from peftbench.optim import Muon, Optimizer, ScheduleFree
+from peftbench.optim import Lisa, Muon, Optimizer, ScheduleFree
 from peftbench.recipe.schema import Checkpoint
 from tests.helpers.stopped_runs import run_until_first_checkpoint
 from tests.helpers.workshop import Workshop
 
 
 @pytest.mark.parametrize(
-    "optimizer", [Muon(learning_rate=1e-3), ScheduleFree(learning_rate=1e-2)], ids=lambda optimizer: optimizer.kind
+    "optimizer",
+    [Muon(learning_rate=1e-3), ScheduleFree(learning_rate=1e-2), Lisa(learning_rate=1e-3, num_blocks=1, interval=2)],
+    ids=lambda optimizer: optimizer.kind,
 )
 def test_resumed_run_is_bit_identical(optimizer: Optimizer, workshop: Workshop) -> None:
     """The losses of all steps and of the evaluation are equal; dropout and accumulation are on."""

@@ -160,7 +160,7 @@ class MemorySimulation:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the plan: of the method, and of the simulated steps."""
-        return (*self._method_notes, *self.emulation.notes)
+        return (*self._method_notes, *self.emulation.notes, *self.recipe.optimizer.list_plan_notes())
 
     @contextmanager
     def _track_method_modules(self) -> Iterator[None]:
@@ -311,7 +311,11 @@ class MemorySimulation:
         )
         self.recipe.method.set_training(self.model)
         try:
-            with self.emulation.patch_libraries(), self.loss.attention_context():
+            with (
+                self.emulation.patch_libraries(),
+                self.loss.attention_context(),
+                self.recipe.optimizer.first_step(self.model, self.recipe.train.seed),
+            ):
                 flop_cost = count_flops(
                     self.model,
                     self.loaded_model.model,
@@ -359,6 +363,7 @@ class MemorySimulation:
         optimizer = build_optimizer(self.recipe, self.model)
         self.recipe.optimizer.on_prepared(optimizer.param_groups)
         self._enable_fused(optimizer)
+        self.recipe.optimizer.start_step(optimizer, 0, self.recipe.train.seed)
         return optimizer
 
     def _enable_fused(self, optimizer: torch.optim.Optimizer) -> None:
