@@ -16,7 +16,7 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.optim import OPTIMIZERS
+from peftbench.optim import OPTIMIZERS, Lisa
 from peftbench.profiler.memory_breakdown import MemoryPeak
 from peftbench.recipe.schema import Profile, Recipe
 from peftbench.record import MemoryBreakdown
@@ -143,6 +143,31 @@ def test_simulated_peak_by_type_of_frozen_weights(
     )
     measured, simulated = measure_and_simulate(recipe, workshop)
     assert (simulated.nbytes, simulated.bytes_by_category) == (measured.peak_bytes, measured.bytes_by_category)
+
+
+@pytest.mark.parametrize("chosen", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_simulated_peak_with_frozen_blocks(
+    chosen: int, checkpointing: bool, workshop: Workshop, sources: dict[str, Files]
+) -> None:
+    """The lower or the upper of two blocks is trained."""
+    optimizer = Lisa(num_blocks=1)
+    recipe = workshop.recipe(
+        Full(),
+        optimizer=optimizer,
+        data={"padding": "max_length", "max_length": WIDTH, "source": sources["max_length"]},
+        train={
+            "steps": 3,
+            "global_batch_size": 6,
+            "precision": "bf16",
+            "gradient_checkpointing": checkpointing,
+            "seed": next(seed for seed in range(20) if optimizer.choose_blocks(2, 0, seed) == {chosen}),
+        },
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
+    )
+    measured, simulated = measure_and_simulate(recipe, workshop)
+    assert simulated.nbytes == pytest.approx(measured.peak_bytes, rel=1e-6)
+    assert simulated.bytes_by_category == measured.bytes_by_category
 
 
 @pytest.mark.parametrize(

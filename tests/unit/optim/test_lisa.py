@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from torch import nn
 
 from peftbench.distributed.accelerator import build_accelerator
 from peftbench.errors import CombinationError, OptimizerError
+from peftbench.memory.devices import UNKNOWN_DEVICE
+from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.optim import Lisa
 from peftbench.optim.roles import ParameterRoles, list_blocks
-from peftbench.recipe.schema import Profile, Schedule
+from peftbench.recipe.schema import Checkpoint, Profile, Schedule
 from peftbench.record import RunRecord
 from peftbench.training.loop import train_step
+from tests.helpers.stopped_runs import run_until_first_checkpoint
 from tests.helpers.training import build_training_components
 from tests.helpers.workshop import Workshop
 
@@ -124,6 +128,34 @@ def test_counted_flops_equal_the_closed_form_for_every_choice(workshop: Workshop
         assert states.optimizer == states.expected_optimizer
     assert flops[0] == flops[1] < flops[2]
     assert "lisa trains 1 of 2 blocks at a time, chosen again every 20 steps" in records[0].notes
+
+
+def test_resume_after_the_last_step_has_its_states(workshop: Workshop) -> None:
+    """No step follows, and the state bytes are those of the blocks that the last step trained."""
+    settings: dict[str, Any] = {"optimizer": Lisa(num_blocks=1, interval=2), "train": {"steps": 4}}
+    whole = workshop.run(workshop.recipe(Full(), name="whole", **settings))
+    recipe = workshop.recipe(Full(), name="stopped", checkpoint=Checkpoint(interval=4), **settings)
+    run_until_first_checkpoint(workshop, recipe)
+    resumed = workshop.run(recipe)
+    assert resumed.resumed_after == (4,)
+    assert resumed.state_bytes == whole.state_bytes
+    assert resumed.quality == whole.quality
+
+
+def test_plan_has_the_flops_of_the_run(workshop: Workshop) -> None:
+    """They do not depend on whether the optimizer is built. A note names the choice that the plan has."""
+    recipe = workshop.recipe(
+        Full(), optimizer=Lisa(num_blocks=1), data={"padding": "max_length"}, train={"steps": 1, "logits": "all"}
+    )
+    simulation = MemorySimulation(recipe, UNKNOWN_DEVICE.capability, 1)
+    assert (
+        "the plan is that of the blocks which lisa chooses first; the peak with others can differ" in simulation.notes
+    )
+    size = (recipe.train.global_batch_size, recipe.data.max_length or 0, 1)
+    planned = [simulation.step_flops(*size)]
+    with simulation:
+        planned.append(simulation.step_flops(*size))
+    assert planned == [workshop.run(recipe).flops.hardware_flops] * 2
 
 
 def test_model_with_too_few_or_unequal_blocks_is_refused() -> None:
