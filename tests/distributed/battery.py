@@ -49,10 +49,12 @@ LEARNING_RATES = {
     "apollo": 1e-2,
     "adamw_bf16": 3e-3,
     "galore": 1e-2,
+    "muon": 1e-2,
 }
 OPTIMIZER_KEYS: dict[str, dict[str, object]] = {
     "galore": {"rank": 8, "update_gap": 3},
     "apollo": {"rank": 8, "update_gap": 3},
+    "lisa": {"num_blocks": 1, "interval": 2},
 }
 
 
@@ -75,7 +77,7 @@ def build_recipe(point: Combination, base: str, data: str, folder: Path) -> Reci
         ),
         task=Summarization(separator=" TL;DR:"),
         optimizer=OPTIMIZERS[kind](learning_rate=rate, weight_decay=0.01, **OPTIMIZER_KEYS.get(point.optimizer, {})),
-        schedule=Schedule(kind="linear", warmup_steps=2),
+        schedule=Schedule(kind="constant" if OPTIMIZERS[kind].averages_weights else "linear", warmup_steps=2),
         train=Train(steps=STEPS, global_batch_size=8, micro_batch_size=2, precision=point.precision),  # type: ignore[arg-type]
         evaluate=Evaluate(metrics=(), max_new_tokens=8, batch_size=3, split="validation"),
         profile=Profile(untimed_steps=2),

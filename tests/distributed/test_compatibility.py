@@ -87,7 +87,7 @@ PARTS = tuple(field.name for field in dataclasses.fields(Combination))
 def test_table_covers_every_combination() -> None:
     """Each combination runs or is refused, each engine runs each method, and each rule refuses a combination."""
     assert len(list(iter_combinations())) == len(METHOD_FAMILIES) * len(ENGINES) * len(OPTIMIZERS) * 3
-    assert {point.optimizer for point in SINGLE_ONLY} == {"adamw_bf16", "adamw8bit_bf16"}
+    assert {point.optimizer for point in SINGLE_ONLY} == {"adamw_bf16", "adamw8bit_bf16", "lisa"}
     assert {(p.engine, p.method) for p in DISTRIBUTED} == {
         (engine, method) for engine in DISTRIBUTED_ENGINES for method in METHOD_FAMILIES
     }

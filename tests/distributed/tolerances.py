@@ -12,6 +12,8 @@ _FP32 = 1e-5
 """Relative difference: float32 sums have another order."""
 _BF16 = 2e-3
 """Relative difference: micro-batches of another shape round differently to the 8 significant bits of bf16."""
+_ORTHOGONAL = 6e-5
+"""Relative difference: Muon orthogonalizes updates in bf16."""
 _8BIT = 1e-4
 """Relative difference: ZeRO has other block boundaries in the flat vector, and each block has its own scale."""
 
@@ -20,6 +22,8 @@ def tolerance(combination: Combination) -> float:
     """Return the largest relative difference of a training or held-out loss."""
     if combination.precision == "bf16":
         return _BF16
+    if combination.optimizer == "muon":
+        return _ORTHOGONAL
     return _8BIT if "8bit" in combination.optimizer else _FP32
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftbench.data.sources import Files
 from peftbench.methods.base import Method
-from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
+from peftbench.optim import OPTIMIZERS
+from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Schedule, Train
 from peftbench.tasks.summarization import Summarization
 from tests.helpers.short_runs import freeze_imported_objects, use_small_matmul
 from tests.helpers.training import reset_accelerators
@@ -37,7 +38,10 @@ class Workshop:
         evaluate: dict[str, Any] | None = None,
         **parts: Any,
     ) -> Recipe:
-        """Return the recipe of a short run. Dicts replace keys of a section, ``parts`` replace whole sections."""
+        """Return the recipe of a short run. Dicts replace keys of a section, ``parts`` replace whole sections.
+
+        The schedule is constant with an optimizer that needs it.
+        """
         model_keys = {"path": str(self.base_folder(architecture)), "attention": "sdpa"} | (model or {})
         data_keys = {"source": self.source, "max_length": 48} | (data or {})
         train_keys = {"steps": 3, "global_batch_size": 6, "precision": "fp32"} | (train or {})
@@ -54,6 +58,10 @@ class Workshop:
             "evaluate": Evaluate(**evaluate_keys),
             "profile": Profile(untimed_steps=0),
         }
+        optimizer = parts.get("optimizer", {})
+        kind = optimizer.get("kind", "adamw") if isinstance(optimizer, dict) else optimizer.kind
+        if OPTIMIZERS[kind].averages_weights:
+            values["schedule"] = Schedule(kind="constant")
         return Recipe(**values | parts)
 
     def run(self, recipe: Recipe) -> RunRecord:

@@ -166,10 +166,27 @@ RULES = (
         optimizers=_optimizers(lambda optimizer: optimizer.needs_matrices),
     ),
     *(
+        Rule(limitation, engines=_DEEPSPEED_ENGINES, optimizers=optimizers)
+        for limitation, optimizers in _group_by_limitation(
+            {name: optimizer.deepspeed_limitation for name, optimizer in OPTIMIZERS.items()}
+        ).items()
+    ),
+    *(
         Rule(limitation, engines=_FSDP_ENGINES, optimizers=optimizers)
         for limitation, optimizers in _group_by_limitation(
             {name: optimizer.dtensor_limitation for name, optimizer in OPTIMIZERS.items()}
         ).items()
+    ),
+    *(
+        Rule(limitation, engines=frozenset({"ddp"}), optimizers=optimizers)
+        for limitation, optimizers in _group_by_limitation(
+            {name: optimizer.ddp_limitation for name, optimizer in OPTIMIZERS.items()}
+        ).items()
+    ),
+    Rule(
+        "this optimizer freezes blocks in turns, and only full fine-tuning trains all of them",
+        optimizers=_optimizers(lambda optimizer: optimizer.freezes_blocks),
+        methods=_FREEZING_METHODS,
     ),
     Rule(
         "stochastic rounding draws different random numbers on each rank, so that the replicas would diverge",

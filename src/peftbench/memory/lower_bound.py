@@ -58,11 +58,12 @@ def _measure(recipe: Recipe) -> TensorSizes:
     unpaged = recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
     model = MemorySimulation(unpaged, UNKNOWN_DEVICE.capability, num_micro_batches=1).model
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # States of projected matrices are smaller, and depend on the groups of a built optimizer.
     has_known_states = not (recipe.optimizer.is_paged or recipe.optimizer.needs_matrices)
-    return TensorSizes(
-        weight_bytes=sum({storage._cdata: storage.nbytes() for storage in storages}.values()),
-        trained_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trained),
-        state_bytes=(recipe.optimizer.state_bytes([{"params": trained}]) or 0) if has_known_states else 0,
-    )
+    with recipe.optimizer.first_step(model, recipe.train.seed):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return TensorSizes(
+            weight_bytes=sum({storage._cdata: storage.nbytes() for storage in storages}.values()),
+            trained_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trained),
+            state_bytes=(recipe.optimizer.state_bytes([{"params": trained}]) or 0) if has_known_states else 0,
+        )

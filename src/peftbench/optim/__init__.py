@@ -9,7 +9,10 @@ from pydantic import Discriminator, Tag
 from peftbench.optim.base import Optimizer
 from peftbench.optim.bitsandbytes import AdamW8bit, AdamW32bit, Lion, Lion8bit, PagedAdamW8bit
 from peftbench.optim.deepspeed_cpu import DeepSpeedCPUAdam
+from peftbench.optim.lisa import Lisa
 from peftbench.optim.low_rank import Apollo, GaLore
+from peftbench.optim.muon import Muon
+from peftbench.optim.schedule_free import ScheduleFree
 from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
 from peftbench.optim.torch_optimizers import SGD, Adafactor, AdamW
 
@@ -29,8 +32,11 @@ __all__ = [
     "GaLore",
     "Lion",
     "Lion8bit",
+    "Lisa",
+    "Muon",
     "Optimizer",
     "PagedAdamW8bit",
+    "ScheduleFree",
 ]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -47,6 +53,9 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "deepspeed_cpu_adam": DeepSpeedCPUAdam,
     "galore": GaLore,
     "apollo": Apollo,
+    "muon": Muon,
+    "schedule_free": ScheduleFree,
+    "lisa": Lisa,
 }
 
 OPTIMIZER_LIBRARIES = tuple(dict.fromkeys(optimizer.library for optimizer in OPTIMIZERS.values()))

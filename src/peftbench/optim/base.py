@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftbench.common.schema import ConfigSection
+from peftbench.optim.roles import NO_ROLES, ParameterRoles
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,14 @@ class Optimizer(ConfigSection):
     """True if it treats a matrix differently from the vector of its values."""
     dtensor_limitation: ClassVar[str | None] = None
     """Reason for which it cannot step DTensors (fsdp2's sharded tensors); None if it supports them."""
+    deepspeed_limitation: ClassVar[str | None] = None
+    """Reason for which it cannot step the vectors of DeepSpeed ZeRO; None if it supports them or needs matrices."""
+    ddp_limitation: ClassVar[str | None] = None
+    """Reason for which it cannot step the replicas of DDP; None if it supports them."""
+    freezes_blocks: ClassVar[bool] = False
+    """True if a step trains some blocks only; the method must then freeze no weights itself."""
+    averages_weights: ClassVar[bool] = False
+    """True if an average of the weights is evaluated, which replaces a decay of the learning rate."""
     weight_dtype: ClassVar[Literal["fp32", "bf16"]] = "fp32"
     """Type of the weights that it steps."""
     approximation: ClassVar[str | None] = None
@@ -61,8 +70,8 @@ class Optimizer(ConfigSection):
     """Weight decay on every trained tensor; decoupled, except SGD's."""
 
     @abstractmethod
-    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
-        """Build a torch optimizer over ``parameters``; ``embeddings`` are the embedding matrices among them.
+    def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
+        """Build a torch optimizer over ``parameters``; ``roles`` are the roles of those that have one.
 
         Raises:
             OptimizerError: its library is not installed or does not work on this machine.
@@ -70,6 +79,28 @@ class Optimizer(ConfigSection):
 
     def on_prepared(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Adapt to the parameter groups of an engine, which may have replaced the parameters by tensors of its own."""
+
+    def list_notes(self, _param_groups: Sequence[dict[str, Any]]) -> list[str]:
+        """Return notes on the training for the record."""
+        return []
+
+    def list_plan_notes(self) -> list[str]:
+        """Return notes on a memory plan."""
+        return []
+
+    def start_step(self, optimizer: torch.optim.Optimizer, step: int, seed: int) -> None:
+        """Choose the parameters that ``step`` (counted from 0) trains; they depend on it and on ``seed`` alone."""
+
+    def first_step(self, model: nn.Module, seed: int) -> AbstractContextManager[None]:
+        """Return a context in which only the parameters of ``model`` that the first step trains require gradients."""
+        return nullcontext()
+
+    def set_evaluation(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the model, after the last step, the weights that are evaluated and saved."""
+
+    def evaluation_weights(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Return a context in which the model has these weights; afterwards it has those that are trained."""
+        return nullcontext()
 
     def meta_context(self) -> AbstractContextManager[None]:
         """Return a context for steps on the meta device, which patches library calls that need values."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftbench.optim.base import EMBEDDINGS_KEY, Beta, Optimizer, tensor_sizes
+from peftbench.optim.roles import NO_ROLES, ParameterRoles
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +41,13 @@ class _BitsAndBytes(Optimizer):
     embeddings_32bit: bool = True
     """Keep the states of embeddings in 32 bits, as the authors advise; false quantizes them too."""
 
-    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
         import bitsandbytes
 
         embedding_ids = (
-            {id(parameter) for parameter in embeddings} if self.optim_bits == 8 and self.embeddings_32bit else set()
+            {id(parameter) for parameter in roles.embeddings}
+            if self.optim_bits == 8 and self.embeddings_32bit
+            else set()
         )
         trained = list(parameters)
         groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in embedding_ids]}]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftbench.errors import OptimizerError
 from peftbench.optim.base import AdamLike, tensor_sizes
+from peftbench.optim.roles import NO_ROLES, ParameterRoles
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ class DeepSpeedCPUAdam(AdamLike):
     kind: Literal["deepspeed_cpu_adam"] = "deepspeed_cpu_adam"
     """Kind of optimizer."""
 
-    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam as Adam
 
         try:

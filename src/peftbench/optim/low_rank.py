@@ -13,6 +13,7 @@ from pydantic import Field
 
 from peftbench.errors import OptimizerError
 from peftbench.optim.base import AdamLike
+from peftbench.optim.roles import NO_ROLES, ParameterRoles
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -38,7 +39,7 @@ class _LowRank(AdamLike):
     update_gap: int = Field(default=200, gt=0)
     """Steps between updates of the projection."""
 
-    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
         try:
             library = import_module(self.library_module)
         except ImportError as error:
@@ -46,7 +47,7 @@ class _LowRank(AdamLike):
                 f"optimizer.kind={self.kind} needs {self.library}; install peftbench[{self.pip_extra}]"
             ) from error
         trained = list(parameters)
-        embedding_ids = {id(parameter) for parameter in embeddings}
+        embedding_ids = {id(parameter) for parameter in roles.embeddings}
         matrices = [p for p in trained if p.ndim == 2 and id(p) not in embedding_ids and min(p.shape) > self.rank]
         matrix_ids = {id(parameter) for parameter in matrices}
         projected = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftbench.errors import OptimizerError
 from peftbench.optim.base import EMBEDDINGS_KEY, AdamLike, tensor_sizes
+from peftbench.optim.roles import NO_ROLES, ParameterRoles
 
 if TYPE_CHECKING:
     import torch
@@ -34,13 +35,13 @@ class _StochasticRounding(AdamLike):
     library_class: ClassVar[str]
     """Name of its class in torchao.optim."""
 
-    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
         try:
             import torchao.optim
         except ImportError as error:
             raise OptimizerError(f"optimizer.kind={self.kind} needs torchao; install peftbench[optimizers]") from error
         trained = list(parameters)
-        fp32_ids = {id(parameter) for parameter in embeddings} if self._has_32bit_embeddings() else set()
+        fp32_ids = {id(parameter) for parameter in roles.embeddings} if self._has_32bit_embeddings() else set()
         groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in fp32_ids]}]
         groups += [{"params": [p for p in trained if id(p) in fp32_ids], EMBEDDINGS_KEY: True}]
         library_class = _build_subclass(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftbench.optim.base import AdamLike, Optimizer, tensor_sizes
+from peftbench.optim.roles import NO_ROLES, ParameterRoles
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from peftbench.optim.base import Parameters
 
 
-_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+FUSED_DEVICES = frozenset({"cpu", "cuda"})
 """Devices with a fused kernel of AdamW."""
 
 
@@ -30,7 +31,7 @@ class AdamW(AdamLike):
     kind: Literal["adamw"] = "adamw"
     """Kind of optimizer."""
 
-    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
         import torch
 
         trained = list(parameters)
@@ -40,7 +41,7 @@ class AdamW(AdamLike):
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
-            fused=all(parameter.device.type in _FUSED_DEVICES for parameter in trained) or None,
+            fused=all(parameter.device.type in FUSED_DEVICES for parameter in trained) or None,
         )
 
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
@@ -55,7 +56,7 @@ class SGD(Optimizer):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum; with 0 it has no state."""
 
-    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
         import torch
 
         return torch.optim.SGD(
@@ -80,7 +81,7 @@ class Adafactor(Optimizer):
     clip: float = Field(default=1.0, gt=0)
     """Largest root mean square of an update."""
 
-    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
         import torch
 
         return torch.optim.Adafactor(

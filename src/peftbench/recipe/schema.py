@@ -368,6 +368,15 @@ class Recipe(ConfigSection):
         return self
 
     @model_validator(mode="after")
+    def _check_schedule(self) -> Recipe:
+        if self.optimizer.averages_weights and self.method.is_trainable and self.schedule.kind != "constant":
+            raise ValueError(
+                f"optimizer.kind={self.optimizer.kind} averages the weights in place of a decay, and schedule.kind="
+                f"{self.schedule.kind} decays the learning rate; set schedule.kind=constant"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_feature_cache(self) -> Recipe:
         if self.train.feature_cache is None:
             return self

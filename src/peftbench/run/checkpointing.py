@@ -85,6 +85,7 @@ class TrainingCheckpointer:
             problem = f"Cannot resume from {checkpoint.path}: {error}"
         if problems := [text for text in all_gather_objects(state.accelerator, problem) if text is not None]:
             raise CheckpointError(problems[0], f"delete {checkpoint.path.parent} to start over")
+        self.training.start_step(progress.completed_steps - 1)  # the states are those of the last step
         state.probe.load_state_dict(saved["probe"], with_measurements=is_measured)
         state.resumed_measurements = saved["measurements"] if is_measured else {}
         if (curve := saved.get("held_out_curve")) is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from peftbench.distributed.deepspeed import unwrap_optimizer
 from peftbench.distributed.sharding import release_gathered_weights
 from peftbench.record import HeldOutCurve, HeldOutPoint
 from peftbench.run.evaluators import compute_metric_means
@@ -23,7 +25,8 @@ class IntervalEvaluation:
     """Adds a point to the run's held-out curve every N steps and after the last step. A step callback.
 
     It must be called before the checkpoint of the step is saved, which then has the point. The training is not changed:
-    the states of all random number generators and the model's mode are restored.
+    the states of all random number generators, the model's mode and
+    the trained weights are restored.
     """
 
     def __init__(
@@ -43,18 +46,21 @@ class IntervalEvaluation:
             return
         state, training = self.state, self.state.training
         assert training is not None
-        with state.probe.excluded("evaluate") as section, preserve_rng_state():
-            held_out = self.evaluator.compute_held_out_loss()
-            has_metrics = state.recipe.evaluate.interval_metrics
-            metrics = compute_metric_means(self.evaluator, state.recipe, held_out) if has_metrics else {}
-            release_gathered_weights(training.model)
-            state.recipe.method.set_training(self.evaluator.model)
-        state.notes += [note for note in self.evaluator.notes if note not in state.notes]
-        curve = state.held_out_curve or HeldOutCurve(split=INTERVAL_SPLIT, num_examples=len(self.evaluator.dataset))
-        point = HeldOutPoint(step=info.step, loss=held_out.loss, seconds=section.seconds, metrics=metrics)
-        state.held_out_curve = curve.with_point(point)
-        for callback in self.callbacks:
-            callback.after_evaluation(state.held_out_curve)
+        optimizer = unwrap_optimizer(training.optimizer)
+        with ExitStack() as stack:
+            with state.probe.excluded("evaluate") as section, preserve_rng_state():
+                stack.enter_context(state.recipe.optimizer.evaluation_weights(optimizer))
+                held_out = self.evaluator.compute_held_out_loss()
+                has_metrics = state.recipe.evaluate.interval_metrics
+                metrics = compute_metric_means(self.evaluator, state.recipe, held_out) if has_metrics else {}
+                release_gathered_weights(training.model)
+                state.recipe.method.set_training(self.evaluator.model)
+            state.notes += [note for note in self.evaluator.notes if note not in state.notes]
+            curve = state.held_out_curve or HeldOutCurve(split=INTERVAL_SPLIT, num_examples=len(self.evaluator.dataset))
+            point = HeldOutPoint(step=info.step, loss=held_out.loss, seconds=section.seconds, metrics=metrics)
+            state.held_out_curve = curve.with_point(point)
+            for callback in self.callbacks:
+                callback.after_evaluation(state.held_out_curve)
 
 
 class EarlyStoppingCallback:

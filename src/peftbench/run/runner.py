@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from peftbench.common.filesystem import write_error
 from peftbench.distributed.accelerator import build_accelerator, collect_environment_warnings, verify_equal_recipes
 from peftbench.distributed.collectives import broadcast_from_main, main_process_first
+from peftbench.distributed.deepspeed import unwrap_optimizer
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.rank_failure import FailureChannel
 from peftbench.errors import DataError, PeftbenchError
@@ -288,6 +289,7 @@ class Run:
             checkpointer.save_before_evaluation()
         if state.progress.stopped_early:
             state.notes.append(describe_early_stop(recipe.early_stopping, state.progress, training.total_steps))
+        recipe.optimizer.set_evaluation(unwrap_optimizer(training.optimizer))
         checkpointer.restore_best_weights()
         if training.feature_store is not None and self.accelerator.is_main_process:
             training.feature_store.mark_durable()

@@ -28,6 +28,7 @@ from peftbench.modeling.generation import list_settings
 from peftbench.modeling.loading import LoadedModel, load_model
 from peftbench.modeling.loss import CausalLMLoss, build_loss
 from peftbench.modeling.quantization import describe_unquantized_modules
+from peftbench.optim.roles import find_roles
 from peftbench.profiler.flops import FlopCost, NonLinearFlopsError, count_flops
 from peftbench.recipe.schema import why_warmup_is_too_long
 from peftbench.record import ParameterCounts
@@ -81,6 +82,8 @@ class TrainingComponents:
     """Runs the forward pass in the recipe's precision where the engine does not."""
     activation_offload: Callable[[], AbstractContextManager[object]] = nullcontext
     """Offloads tensors that autograd saves for the backward pass."""
+    start_step: Callable[[int], None] = lambda _step: None
+    """Chooses the parameters that a step (counted from 0) trains."""
     feature_store: FeatureStore | None = None
     """Store of the frozen backbone's hidden states, None without a feature cache."""
     notes: tuple[str, ...] = ()
@@ -275,7 +278,8 @@ def build_training(
         cost,
         unknown_reason,
         counter_complete,
-        notes=(*_describe_repeats(settings.global_batch_size, len(examples)), *(cached.notes if cached else ())),
+        start_step=partial(recipe.optimizer.start_step, inner_optimizer, seed=settings.seed),
+        notes=(*_list_notes(recipe, inner_optimizer, len(examples)), *(cached.notes if cached else ())),
     )
     if cached is not None:
         training = replace(training, loss=cached.loss, batches=cached.batches, feature_store=cached.loss.store)
@@ -288,12 +292,13 @@ def build_training(
     return replace(training, backward_part="backward_and_optimizer") if context.engine.is_deepspeed else training
 
 
-def _describe_repeats(global_batch_size: int, num_examples: int) -> list[str]:
-    """Return a note if examples repeat within a step."""
-    if global_batch_size <= num_examples:
-        return []
-    repeats = math.ceil(global_batch_size / num_examples)
-    return [f"each step uses each of the {num_examples} training examples up to {repeats} times"]
+def _list_notes(recipe: Recipe, optimizer: torch.optim.Optimizer, num_examples: int) -> list[str]:
+    """Return notes on examples that repeat within a step, and on the optimizer."""
+    notes = recipe.optimizer.list_notes(optimizer.param_groups)
+    if (global_batch_size := recipe.train.global_batch_size) > num_examples:
+        repeats = math.ceil(global_batch_size / num_examples)
+        notes.append(f"each step uses each of the {num_examples} training examples up to {repeats} times")
+    return notes
 
 
 def _build_batches(
@@ -344,7 +349,7 @@ def prepare_with_engine(
         EngineError: the engine's configuration differs from the recipe.
     """
     accelerator = context.accelerator
-    inner_optimizer = recipe.optimizer.build(*_get_trainable_parameters(unwrapped_model))
+    inner_optimizer = build_optimizer(recipe, unwrapped_model)
     if accelerator.scaler is not None:
         _disable_fused_grad_scaling(inner_optimizer)
     model, optimizer = accelerator.prepare(unwrapped_model, inner_optimizer)
@@ -361,11 +366,10 @@ def _disable_fused_grad_scaling(optimizer: torch.optim.Optimizer) -> None:
             group["fused"] = None
 
 
-def _get_trainable_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trainable parameters, and those of them that are embedding matrices."""
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the recipe's optimizer over the trainable parameters of a model that no engine has prepared."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    embedding_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return trainable, [parameter for parameter in trainable if id(parameter) in embedding_ids]
+    return recipe.optimizer.build(trainable, find_roles(model))
 
 
 def _count_flops(
@@ -376,7 +380,11 @@ def _count_flops(
     method.set_training(adapted_model.model)
     model, base = adapted_model.model, adapted_model.base.model
     try:
-        with context.autocast(), adapted_model.loss.attention_context():
+        with (
+            context.autocast(),
+            adapted_model.loss.attention_context(),
+            recipe.optimizer.first_step(model, recipe.train.seed),
+        ):
             cost = count_flops(
                 model,
                 base,

@@ -120,6 +120,7 @@ def train(
         progress.count_remaining_steps(training.total_steps),
     )
     for batch in prefetch(remaining, accelerator.device):
+        training.start_step(progress.completed_steps)
         learning_rate = float(training.lr_scheduler.get_last_lr()[0])
         with probe.step():
             loss = train_step(accelerator, training, batch, max_grad_norm, probe.part)

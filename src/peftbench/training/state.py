@@ -86,9 +86,7 @@ def load_state(
 def capture_weights(training: TrainingComponents, model: nn.Module) -> dict[str, Any]:
     """Return this rank's trainable weights, and the float32 copies that DeepSpeed trains."""
     return {
-        "weights": {
-            name: _local_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-        },
+        "weights": {name: _local_tensor(parameter) for name, parameter in _iter_trained_parameters(training, model)},
         "master_weights": deepspeed.master_weights(training.optimizer),
     }
 
@@ -100,13 +98,21 @@ def load_weights(state: dict[str, Any], training: TrainingComponents, model: nn.
     Raises:
         ValueError: they do not fit this model and optimizer.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = dict(_iter_trained_parameters(training, model))
     if set(trained) != set(state["weights"]):
         raise ValueError("the checkpoint's trainable parameters differ from this model's")
     for name, parameter in trained.items():
         _copy_into(_local_tensor(parameter), state["weights"][name])
     for master, saved in zip(deepspeed.master_weights(training.optimizer), state["master_weights"], strict=True):
         _copy_into(master, saved)
+
+
+def _iter_trained_parameters(training: TrainingComponents, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that the training changes, including those that the optimizer has frozen for some steps."""
+    stepped = {id(tensor) for group in deepspeed.get_param_groups(training.optimizer) for tensor in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or id(parameter) in stepped:
+            yield name, parameter
 
 
 @contextmanager

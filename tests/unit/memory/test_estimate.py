@@ -86,13 +86,14 @@ def test_plan_has_every_phase(method: Method, architecture: str, precision: str,
     assert any("uncalibrated" in note for note in plan.notes)
 
 
+SMALL_KEYS: dict[str, dict[str, int]] = {"galore": {"rank": 8}, "apollo": {"rank": 8}, "lisa": {"num_blocks": 1}}
 SIMULATED = sorted(set(OPTIMIZERS) - {"paged_adamw8bit", "deepspeed_cpu_adam"})
 
 
 @pytest.mark.parametrize("name", mark_others_slow({n: n for n in SIMULATED}, "adamw8bit", "adafactor", "galore", "sgd"))
 def test_optimizer_state_bytes_match_closed_form(name: str, workshop: Workshop) -> None:
     """Simulated states equal the closed form; some optimizers have step counters on the CPU, 4 bytes per tensor."""
-    optimizer = OPTIMIZER_CLASSES[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
+    optimizer = OPTIMIZER_CLASSES[name](**SMALL_KEYS.get(name, {}))
     recipe = workshop.recipe(
         Full(),
         optimizer=optimizer,

@@ -16,7 +16,7 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.optim import OPTIMIZERS
+from peftbench.optim import OPTIMIZERS, Lisa
 from peftbench.profiler.memory_breakdown import MemoryPeak
 from peftbench.recipe.schema import Profile, Recipe
 from peftbench.record import MemoryBreakdown
@@ -26,6 +26,8 @@ from tests.helpers.records import count_labels_per_row
 from tests.helpers.workshop import Workshop
 
 OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
+SMALL_KEYS: dict[str, dict[str, int]] = {"galore": {"rank": 8}, "apollo": {"rank": 8}, "lisa": {"num_blocks": 1}}
+"""Keys of optimizers whose defaults are too large for a small model."""
 WIDTH = 48
 SHORT = 30
 """Tokens per row, fewer than in any example, so that no row is padded."""
@@ -143,6 +145,31 @@ def test_simulated_peak_by_type_of_frozen_weights(
     assert (simulated.nbytes, simulated.bytes_by_category) == (measured.peak_bytes, measured.bytes_by_category)
 
 
+@pytest.mark.parametrize("chosen", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_simulated_peak_with_frozen_blocks(
+    chosen: int, checkpointing: bool, workshop: Workshop, sources: dict[str, Files]
+) -> None:
+    """The lower or the upper of two blocks is trained."""
+    optimizer = Lisa(num_blocks=1)
+    recipe = workshop.recipe(
+        Full(),
+        optimizer=optimizer,
+        data={"padding": "max_length", "max_length": WIDTH, "source": sources["max_length"]},
+        train={
+            "steps": 3,
+            "global_batch_size": 6,
+            "precision": "bf16",
+            "gradient_checkpointing": checkpointing,
+            "seed": next(seed for seed in range(20) if optimizer.choose_blocks(2, 0, seed) == {chosen}),
+        },
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
+    )
+    measured, simulated = measure_and_simulate(recipe, workshop)
+    assert simulated.nbytes == pytest.approx(measured.peak_bytes, rel=1e-6)
+    assert simulated.bytes_by_category == measured.bytes_by_category
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -152,7 +179,7 @@ def test_simulated_peak_by_type_of_frozen_weights(
 )
 def test_simulated_peak_of_an_optimizer_step(name: str, workshop: Workshop, sources: dict[str, Files]) -> None:
     """It includes states, temporaries and, with accumulation, gradients that are live at the peak."""
-    optimizer = OPTIMIZER_CLASSES[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
+    optimizer = OPTIMIZER_CLASSES[name](**SMALL_KEYS.get(name, {}))
     recipe = workshop.recipe(
         Full(),
         optimizer=optimizer,

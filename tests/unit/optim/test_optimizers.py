@@ -13,6 +13,7 @@ from peftbench.distributed.engines import SINGLE
 from peftbench.distributed.sharding import state_bytes
 from peftbench.errors import OptimizerError
 from peftbench.optim import OPTIMIZERS, AdamW8bit, AdamW8bitBf16, AdamWBf16, Optimizer
+from peftbench.optim.roles import ParameterRoles
 
 OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
 ON_CPU = [
@@ -20,7 +21,7 @@ ON_CPU = [
         name, marks=pytest.mark.slow if kind.is_cpu_only else ()
     )  # DeepSpeed compiles its optimizer for minutes
     for name, kind in sorted(OPTIMIZERS.items())
-    if not kind.is_paged
+    if not kind.is_paged and not kind.freezes_blocks  # see test_lisa.py
 ]
 ADAMW = [
     one
@@ -54,7 +55,7 @@ def run_steps(kind: Optimizer, steps: int = 1) -> tuple[Small, list[torch.Tensor
     before = [parameter.detach().clone() for parameter in model.parameters()]
     weight = model.embedding.weight
     assert isinstance(weight, nn.Parameter)
-    optimizer = kind.build(list(model.parameters()), [weight])
+    optimizer = kind.build(list(model.parameters()), ParameterRoles(embeddings=(weight,)))
     kind.on_prepared(optimizer.param_groups)
     generator = torch.Generator().manual_seed(2)
     gradients = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
@@ -173,6 +174,7 @@ def test_rank_of_an_update(name: str, rank: int) -> None:
         ("galore", "pytorch_optimizer"),
         ("apollo", "apollo_torch"),
         ("adamw_bf16", "torchao.optim"),
+        ("schedule_free", "schedulefree"),
         ("adamw8bit_bf16", "torchao.optim"),
     ],
 )

@@ -19,7 +19,7 @@ from peftbench.methods.base import Method
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.optim import AdamW
+from peftbench.optim import AdamW, Optimizer, ScheduleFree
 from peftbench.recipe.schema import Checkpoint, EarlyStopping, Recipe
 from peftbench.record import RunRecord, read_record
 from peftbench.run import best_weights
@@ -148,21 +148,19 @@ def test_missing_validation_split_is_refused(workshop: Workshop, corpus: Files) 
 def keep_best_recipe(workshop: Workshop, **parts: Any) -> Recipe:
     """Return the recipe of a run that evaluates each step and saves the best weights."""
     checkpoint = Checkpoint(keep_best=True, **parts.pop("checkpoint", {}))
-    return workshop.recipe(
-        Lora(r=2),
-        train={"steps": 4},
-        evaluate={"interval": 1},
-        optimizer=LARGE_STEPS,
-        checkpoint=checkpoint,
-        save_model=True,
-        **parts,
-    )
+    settings: dict[str, Any] = {"optimizer": LARGE_STEPS, "checkpoint": checkpoint, "save_model": True} | parts
+    return workshop.recipe(Lora(r=2), train={"steps": 4}, evaluate={"interval": 1}, **settings)
 
 
-def test_best_weights_are_saved_and_evaluated(workshop: Workshop, fake_losses: Callable[[list[float]], None]) -> None:
+@pytest.mark.parametrize(
+    "optimizer", [LARGE_STEPS, ScheduleFree(learning_rate=0.05)], ids=lambda optimizer: optimizer.kind
+)
+def test_best_weights_are_saved_and_evaluated(
+    optimizer: Optimizer, workshop: Workshop, fake_losses: Callable[[list[float]], None]
+) -> None:
     """The result is that of a run that ends at the best step, with the schedule of the longer one."""
-    constant: dict[str, Any] = {"schedule": {"kind": "constant"}}
-    short = workshop.run(workshop.recipe(Lora(r=2), train={"steps": 2}, optimizer=LARGE_STEPS, **constant))
+    constant: dict[str, Any] = {"schedule": {"kind": "constant"}, "optimizer": optimizer}
+    short = workshop.run(workshop.recipe(Lora(r=2), train={"steps": 2}, **constant))
     fake_losses([3.0, 1.0, 2.0, 1.0])
     record = workshop.run(keep_best_recipe(workshop, **constant))
     assert record.steps == 4

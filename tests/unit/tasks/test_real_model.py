@@ -130,7 +130,7 @@ def train_plainly(recipe: Recipe, encoded: list[tuple[list[int], list[int]]]) ->
     torch.manual_seed(recipe.train.seed)
     model = recipe.method.apply(base.model, base.tokenizer)
     recipe.method.set_training(model)
-    optimizer = recipe.optimizer.build([one for one in model.parameters() if one.requires_grad], [])
+    optimizer = recipe.optimizer.build([one for one in model.parameters() if one.requires_grad])
     losses = []
     for _ in range(STEPS):
         total = sum(sum(label != -100 for label in labels[1:]) for _, labels in encoded)

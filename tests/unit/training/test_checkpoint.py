@@ -18,13 +18,14 @@ from accelerate import Accelerator
 
 from peftbench.errors import CheckpointError, DiskFullError, OutputError
 from peftbench.methods.full import Full
-from peftbench.recipe.schema import Checkpoint, Profile, Recipe
+from peftbench.recipe.schema import Checkpoint, Profile
 from peftbench.record import RunRecord
 from peftbench.training import checkpoint, serialization
 from peftbench.training.checkpoint import CheckpointManager, CheckpointMetadata
 from peftbench.training.state import _get_rng_state, _set_rng_state
 from tests.helpers.methods import one_method_fast
 from tests.helpers.paths import RECORD_V1
+from tests.helpers.stopped_runs import run_until_first_checkpoint
 from tests.helpers.workshop import Workshop
 
 METADATA = CheckpointMetadata("training", "settings", "model", "data", "single", 1, "cpu", {"torch": "1"})
@@ -251,24 +252,6 @@ def test_random_numbers_continue_after_restoring_the_state() -> None:
     draw()
     _set_rng_state(rng_state)
     assert draw() == expected
-
-
-class StoppedError(Exception):
-    """Stops a run between two steps, like a kill."""
-
-
-def run_until_first_checkpoint(workshop: Workshop, recipe: Recipe) -> None:
-    """Run ``recipe`` until its first checkpoint is written."""
-    save = CheckpointManager.save
-
-    def save_and_stop(self: CheckpointManager, step: int, state: dict[str, object]) -> None:
-        save(self, step, state)
-        raise StoppedError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointManager, "save", save_and_stop)
-        with pytest.raises(StoppedError):
-            workshop.run(recipe)
 
 
 @one_method_fast("lora")

@@ -39,6 +39,7 @@ from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
 from peftbench.training.build import (
     TrainingComponents,
     apply_method,
+    build_optimizer,
     check_generation,
     get_loaded_dtype,
     prepare_with_engine,
@@ -163,7 +164,7 @@ class MemorySimulation:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the plan: of the method, and of the simulated steps."""
-        return (*self._method_notes, *self.emulation.notes)
+        return (*self._method_notes, *self.emulation.notes, *self.recipe.optimizer.list_plan_notes())
 
     @contextmanager
     def _track_method_modules(self) -> Iterator[None]:
@@ -315,7 +316,11 @@ class MemorySimulation:
         )
         self.recipe.method.set_training(self.model)
         try:
-            with self.emulation.patch_libraries(), self.loss.attention_context():
+            with (
+                self.emulation.patch_libraries(),
+                self.loss.attention_context(),
+                self.recipe.optimizer.first_step(self.model, self.recipe.train.seed),
+            ):
                 flop_cost = count_flops(
                     self.model,
                     self.loaded_model.model,
@@ -360,18 +365,18 @@ class MemorySimulation:
             )
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = self.recipe.optimizer.build(trainable, [p for p in trainable if id(p) in embeddings])
+        optimizer = build_optimizer(self.recipe, self.model)
         self.recipe.optimizer.on_prepared(optimizer.param_groups)
         self._enable_fused(optimizer)
+        self.recipe.optimizer.start_step(optimizer, 0, self.recipe.train.seed)
         return optimizer
 
     def _enable_fused(self, optimizer: torch.optim.Optimizer) -> None:
         """Select the fused AdamW kernel, as torch does for real weights."""
         if self.recipe.optimizer.is_fused:
             for group in optimizer.param_groups:
-                group["fused"] = True
+                if "fused" in group:
+                    group["fused"] = True
 
     def _build_batch(
         self, batch_size: int, sequence_length: int, labeled_tokens: LabelCounts, num_micro_batches: int
