@@ -159,7 +159,8 @@ def _try(method: Method, config: PreTrainedConfig) -> Trial:
     num_trained = sum(parameter.numel() for parameter in trained.values())
     start = _compute_losses(subject, batch, use_masks=True)
     _add_noise(trained)
-    moved = _compute_losses(subject, batch, use_masks=True)
+    with _FunctionNames() as called:
+        moved = _compute_losses(subject, batch, use_masks=True)
     effect = float((moved - start).norm())
     if not effect > _TOLERANCE * float(start.norm()):  # or not finite
         raise UnsupportedModelError(
@@ -175,7 +176,7 @@ def _try(method: Method, config: PreTrainedConfig) -> Trial:
         checkpointing_problem=_find_problem(lambda: _check_checkpointing(subject, batch)),
         saving_problem=_find_problem(lambda: _check_saving(subject, config, batch, moved, effect)),
         merging_problem=_find_problem(lambda: _check_merging(subject, batch, moved, effect)),
-        meta_problem=_find_problem(lambda: _check_meta(method, config)),
+        meta_problem=_find_problem(lambda: _check_meta(method, config, called.names)),
     )
 
 
@@ -285,16 +286,11 @@ def _check_merging(subject: _Subject, batch: MicroBatch, expected: torch.Tensor,
     return "the merged weights give other outputs" if _differ(expected, losses, effect) else None
 
 
-def _check_meta(method: Method, config: PreTrainedConfig) -> str | None:
-    base = build_small_copy(config).to("meta")  # type: ignore[arg-type]
-    subject = _apply(base, method)
-    loss = subject.build_loss(use_masks=False)
-    if not loss.uses_masks:  # masks need values, which a memory plan provides
-        batch = _build_batch(base, method, packed=True).map(lambda tensor: tensor.to("meta"))
-        with loss.attention_context(), _FunctionNames() as called:
-            loss(subject.model, batch).backward()
-        if "linalg_solve" in called.names:
-            return "it solves linear systems, and the buffers of solvers are not modeled"
+def _check_meta(method: Method, config: PreTrainedConfig, called: set[str]) -> str | None:
+    """``called`` are the names of the functions of a forward pass."""
+    if "linalg_solve" in called:
+        return "it solves linear systems, and the buffers of solvers are not modeled"
+    _apply(build_small_copy(config).to("meta"), method)  # type: ignore[arg-type]
     return None
 
 
