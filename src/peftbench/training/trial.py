@@ -154,12 +154,13 @@ def _try(method: Method, config: PreTrainedConfig) -> Trial:
     batch = _build_batch(base, method)
     expected = _compute_losses(_Subject(base, base, method), _build_batch(base, None), use_masks=True)
     before = _count_values(base)
-    subject = _apply(base, method)
+    with _FunctionNames() as called:
+        subject = _apply(base, method)
     trained = {name: parameter for name, parameter in subject.model.named_parameters() if parameter.requires_grad}
     num_trained = sum(parameter.numel() for parameter in trained.values())
     start = _compute_losses(subject, batch, use_masks=True)
     _add_noise(trained)
-    with _FunctionNames() as called:
+    with called:
         moved = _compute_losses(subject, batch, use_masks=True)
     effect = float((moved - start).norm())
     if not effect > _TOLERANCE * float(start.norm()):  # or not finite
@@ -287,11 +288,18 @@ def _check_merging(subject: _Subject, batch: MicroBatch, expected: torch.Tensor,
 
 
 def _check_meta(method: Method, config: PreTrainedConfig, called: set[str]) -> str | None:
-    """``called`` are the names of the functions of a forward pass."""
-    if "linalg_solve" in called:
-        return "it solves linear systems, and the buffers of solvers are not modeled"
+    """``called`` are the names of the functions that the method calls when it is applied, and in a forward pass."""
+    for name in called & _UNPLANNED_FUNCTIONS.keys():
+        return _UNPLANNED_FUNCTIONS[name]
     _apply(build_small_copy(config).to("meta"), method)  # type: ignore[arg-type]
     return None
+
+
+_UNPLANNED_FUNCTIONS = {
+    "linalg_solve": "it solves linear systems, and the buffers of solvers are not modeled",
+    "linalg_svd": "it decomposes weights, and the layout of the factors in memory is not modeled",
+}
+"""Functions whose memory is not that of their results on the meta device."""
 
 
 class _FunctionNames(TorchFunctionMode):
