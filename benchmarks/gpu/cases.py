@@ -103,10 +103,13 @@ STEPS: dict[str, dict[str, Any]] = {
 """Each step adds to the previous one, as in recipes/budget16."""
 
 
+MEASURED_METHODS = ("full", "last_layer", "lora", "prompt_tuning")
+
+
 def iter_method_cases(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
-    """Yield every method in both precisions, with and without checkpointing (which a frozen backbone does not use)."""
+    """Yield each measured method in both precisions, with and without checkpointing (not over a frozen backbone)."""
     method_keys: dict[str, dict[str, Any]] = {"prompt_tuning": {"num_virtual_tokens": NUM_VIRTUAL_TOKENS}}
-    methods = [kind(**method_keys.get(name, {})) for name, kind in METHODS.items()]
+    methods = [METHODS[name](**method_keys.get(name, {})) for name in MEASURED_METHODS]
     cases = itertools.product(sizes.items(), ("bf16", "fp32"), (False, True), methods)
     for (model, size), precision, checkpointing, method in cases:
         if checkpointing and method.has_frozen_backbone:

@@ -16,7 +16,7 @@
     │   └── HubUnreachableError       25   the Hub did not answer (for models too)
     ├── ModelError                    30   a base model that cannot be used
     │   ├── ModelNotFoundError        31   a base model that was not found, or a file of it that cannot be used
-    │   ├── TargetModulesError        32   target modules that match no module
+    │   ├── TargetModulesError        32   target modules, or names of parameters, that match nothing
     │   ├── UnsupportedModelError     33   an architecture that a method or recipe key does not support
     │   └── MergeError                34   an adapter that cannot be merged into its base model
     ├── EngineError                   40   the launched engine is not the one the recipe requests
@@ -144,7 +144,7 @@ class ModelNotFoundError(ModelError):
 
 
 class TargetModulesError(ModelError):
-    """Target modules that match no module."""
+    """Target modules, or names of parameters, that match nothing."""
 
     exit_code = 32
 

@@ -68,17 +68,26 @@ class ParameterSelection(Method):
 
 
 def list_named_parameters(base: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
-    """Return every parameter by name; a tied one has several names."""
-    return list(base.named_parameters(remove_duplicate=False))
+    """Return every trainable parameter of ``base`` by name; a tied one has several names.
+
+    Some architectures have parameters that no gradient reaches, e.g. a bias that balances experts. transformers freezes
+    them, so call this before a method freezes others.
+    """
+    return [
+        (name, parameter)
+        for name, parameter in base.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    ]
 
 
 def list_names_in_modules(base: PreTrainedModel, matches: Callable[[nn.Module], bool], *, recurse: bool) -> list[str]:
-    """Return the names of the parameters of all modules that ``matches`` selects, with ``recurse`` of their parts."""
+    """Return the trainable parameters of all modules that ``matches`` selects, with ``recurse`` also of their parts."""
     names = [
         name
         for module_name, module in base.named_modules(remove_duplicate=False)
         if matches(module)
-        for name, _ in module.named_parameters(module_name, recurse=recurse, remove_duplicate=False)
+        for name, parameter in module.named_parameters(module_name, recurse=recurse, remove_duplicate=False)
+        if parameter.requires_grad
     ]
     return list(dict.fromkeys(names))
 

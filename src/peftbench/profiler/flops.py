@@ -249,8 +249,8 @@ class _MatmulTracer(TorchFunctionMode):
         """Block and identities of two weights whose product is recorded."""
         self._recorded_calls: list[tuple[int | None, list[MatmulCost]]] = []
         """(block, its products) of every function that saves tensors for the backward pass or is a product."""
-        self._blocks_with_saved_tensors: set[int | None] = set()
-        """Blocks in which a function other than a product saves a tensor to compute a gradient."""
+        self._last_saves: dict[int | None, int] = {}
+        """Block, and the index of its last call that saves a tensor to compute a gradient; not blocks without one."""
 
     def iter_matmuls(self) -> Iterator[MatmulCost]:
         """Yield every product of the pass."""
@@ -261,12 +261,8 @@ class _MatmulTracer(TorchFunctionMode):
         """Yield the products that checkpointing recomputes: in each block, those before the last saved tensor."""
         if all(block is None for block, _ in self._recorded_calls):
             raise UnsupportedFlopsError("gradient checkpointing of a model without GradientCheckpointingLayer blocks")
-        last = {block: index for index, (block, _) in enumerate(self._recorded_calls)}
         for index, (block, products) in enumerate(self._recorded_calls):
-            needed = block in self._blocks_with_saved_tensors or any(
-                p.backward_flops for b, matmuls in self._recorded_calls if b == block for p in matmuls
-            )
-            if block is not None and needed and index < last[block]:
+            if block is not None and index < self._last_saves.get(block, 0):
                 yield from products
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -276,9 +272,9 @@ class _MatmulTracer(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         matmuls = self._find_matmuls(func, name, args, kwargs)
         if matmuls or (self.block_index is not None and not _saves_no_tensors(name, args, kwargs)):
-            self._recorded_calls.append((self.block_index, matmuls))
-            if not matmuls and any(isinstance(arg, torch.Tensor) and _needs_gradient(arg) for arg in args):
-                self._blocks_with_saved_tensors.add(self.block_index)
+            operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
+            is_saving = any(p.backward_flops for p in matmuls) if matmuls else any(map(_needs_gradient, operands))
+            self._record_call(matmuls, is_saving=is_saving)
         return func(*args, **kwargs)
 
     def record_quantized_matmul(self, inputs: torch.Tensor, in_features: int, out_features: int) -> None:
@@ -287,9 +283,14 @@ class _MatmulTracer(TorchFunctionMode):
             raise NonLinearFlopsError
         forward = 2 * in_features * out_features
         backward = forward * _needs_gradient(inputs)
-        self._recorded_calls.append(
-            (self.block_index, [MatmulCost(forward, backward, backward, "position", self.block_index)])
-        )
+        cost = MatmulCost(forward, backward, backward, "position", self.block_index)
+        self._record_call([cost], is_saving=backward > 0)
+
+    def _record_call(self, matmuls: list[MatmulCost], *, is_saving: bool) -> None:
+        """Record a call in the current block; ``is_saving``: it saves a tensor to compute a gradient."""
+        if is_saving:
+            self._last_saves[self.block_index] = len(self._recorded_calls)
+        self._recorded_calls.append((self.block_index, matmuls))
 
     def _find_matmuls(self, func: Any, name: str, args: Any, kwargs: Any) -> list[MatmulCost]:
         builders: dict[str, Callable[..., MatmulCost]] = {

@@ -16,11 +16,12 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.methods.select_presets import Embeddings, LastBlocks
 from peftbench.optim import OPTIMIZERS, Lisa
 from peftbench.profiler.memory_breakdown import MemoryPeak
 from peftbench.recipe.schema import Profile, Recipe
 from peftbench.record import MemoryBreakdown
-from tests.helpers.methods import ONE_OF_EACH
+from tests.helpers.methods import ONE_OF_EACH, PRESETS
 from tests.helpers.models import FAMILIES
 from tests.helpers.records import count_labels_per_row
 from tests.helpers.workshop import Workshop
@@ -40,7 +41,8 @@ FAST = {
     ("lora", "llama_untied", "bf16", "stored", "free"),
     ("prompt_tuning", "llama_tied", "bf16", "checkpointing", "max_length"),
     ("last_layer", "gpt2_tied", "bf16", "stored", "max_length"),
-    *random.Random(29).sample(SWEEP, len(SWEEP) // 10 - 4),  # noqa: S311
+    ("select", "llama_tied", "bf16", "checkpointing", "free"),
+    *random.Random(29).sample(SWEEP, len(SWEEP) // 10 - 5),  # noqa: S311
 }
 """A tenth of the sweep, which has each value of each axis, for the fast tests; the rest is slow."""
 POINTS = [pytest.param(*point, id="-".join(point), marks=() if point in FAST else pytest.mark.slow) for point in SWEEP]
@@ -91,6 +93,36 @@ def test_simulated_peak_equals_that_of_a_real_step(  # noqa: PLR0917
     measured, simulated = measure_and_simulate(recipe, workshop)
     assert simulated.nbytes == pytest.approx(measured.peak_bytes, rel=1e-6)
     assert simulated.bytes_by_category == measured.bytes_by_category
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["stored", "checkpointing"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
+@pytest.mark.parametrize("method", [*PRESETS.values(), Embeddings(untie_head=True), LastBlocks(num_blocks=2)], ids=repr)
+def test_simulated_peak_of_presets(  # noqa: PLR0917
+    method: Method,
+    architecture: str,
+    precision: str,
+    activations: str,
+    workshop: Workshop,
+    sources: dict[str, Files],
+) -> None:
+    """The same for each choice of the base model's parameters; the bytes depend on the lowest trained one."""
+    recipe = workshop.recipe(
+        method,
+        architecture=architecture,
+        data={"padding": "max_length", "max_length": WIDTH, "source": sources["max_length"]},
+        train={
+            "precision": precision,
+            "gradient_checkpointing": activations == "checkpointing",
+            "steps": 3,
+            "global_batch_size": 6,
+        },
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
+    )
+    measured, simulated = measure_and_simulate(recipe, workshop)
+    assert (simulated.nbytes, simulated.bytes_by_category) == (measured.peak_bytes, measured.bytes_by_category)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from peftbench.common.attention import is_fused_attention
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
+from peftbench.methods.select_presets import Attention, LastBlocks, LayerNorm
+from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import NonLinearFlopsError, count_flops
 from tests.helpers.architecture_plans import CONFIGS
-from tests.helpers.sweeps import mark_slow
+from tests.helpers.sweeps import mark_others_slow, mark_slow
 from tests.unit.profiler.test_flops import ROWS, WIDTH, full_rectangle, with_dropout
 
 METHODS: dict[str, Method] = {"full": Full(), "lora": Lora(r=2)}
@@ -37,6 +39,10 @@ LONGER_THAN_WINDOW = {
 """The closed form assumes rows within the window; for longer rows torch's kernels compute masked pairs too."""
 FAST = {"mixtral", "lfm2, convolutions", "bloom", "falcon", "deepseek_v3", "hrm_text", "mamba", "llama4_text"}
 POINTS = mark_slow([(case, name) for case in CONFIGS for name in METHODS], lambda point: point[0] in FAST, seed=7)
+
+
+CHECKPOINTED = ("gpt2", "llama", "qwen3", "gemma2", "olmo2", "gpt_neox", "gptj", "phi", "cohere", "falcon", "mixtral")
+"""Architectures with normalizations before and after a block's parts, parallel attention, and experts."""
 
 
 def build_base(case: str) -> Any:
@@ -64,15 +70,19 @@ def test_exceptions_are_architectures_of_the_sweep() -> None:
     assert set(CONFIGS) >= NON_LINEAR | LONGER_THAN_WINDOW | FAST
 
 
-def count_both(case: str, method: Method, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int]:
+def count_both(
+    case: str, method: Method, tokenizer: PreTrainedTokenizerBase, *, checkpointing: bool = False
+) -> tuple[int | None, int]:
     """Return the closed form, None if there is none, and the dispatched FLOPs."""
     torch.manual_seed(0)
     base = build_base(case)
     model = method.apply(base, tokenizer).train()
+    if checkpointing:
+        enable_checkpointing(base)
     dispatched = count_dispatched_flops(model)
     try:
         cost = count_flops(
-            model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=True
+            model, base, virtual_tokens=0, gradient_checkpointing=checkpointing, computes_all_logits=True
         ).compute_hardware_flops(full_rectangle(method))
     except NonLinearFlopsError:
         cost = None
@@ -94,6 +104,16 @@ def test_closed_form_equals_dispatched_flops(case: str, name: str, tokenizer: Pr
         assert cost < dispatched
     else:
         assert cost == dispatched
+
+
+@pytest.mark.parametrize("method", [LastBlocks(), Attention(), LayerNorm()], ids=lambda method: method.kind)
+@pytest.mark.parametrize("case", mark_others_slow({case: case for case in CHECKPOINTED}, "gptj", "mixtral"))
+def test_recomputation_of_partly_trained_blocks_is_counted(
+    case: str, method: Method, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Blocks below the trained ones are not recomputed; where attention is parallel to a frozen MLP, the MLP is not."""
+    cost, dispatched = count_both(case, method, tokenizer, checkpointing=True)
+    assert cost == dispatched
 
 
 @pytest.mark.parametrize(

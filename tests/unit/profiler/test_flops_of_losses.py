@@ -163,6 +163,7 @@ def test_hardware_flops_are_within_3_percent_of_model_flops(method: Method, toke
     assert 800 < model_units.positions / 48 - method.virtual_tokens < 880
     assert 50 < model_units.labeled / 48 < 70
     assert model_units == replace(hardware_units, rows=0, passes=0)
-    recomputed = 12 * 2 * 768 * model_units.causal_pairs * (not method.has_frozen_backbone)
+    frozen_blocks = {"last_layer": 12, "select": 1}.get(method.kind, 0)  # select trains the second block
+    recomputed = (12 - frozen_blocks) * 2 * 768 * model_units.causal_pairs
     assert flop_cost.compute_hardware_flops(hardware_units) - flop_cost.compute_model_flops(model_units) == recomputed
     assert flop_cost.compute_hardware_flops(hardware_units) / flop_cost.compute_model_flops(model_units) < 1.03
