@@ -26,7 +26,7 @@ import torch
 
 from peftbench import shipped
 from peftbench.data.sources import Files
-from tests.helpers.corpus import examples, write_corpus
+from tests.helpers.corpus import examples, write_corpus, write_corpus_with_equal_summaries
 from tests.helpers.models import FAMILIES, random_base
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.training import reset_accelerators
@@ -148,3 +148,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def workshop(base_folder: Callable[[str], Path], corpus: Files, tmp_path: Path, on_cpu: None) -> Workshop:
     """Return a factory of recipes over small base models, which run on CPU."""
     return Workshop(base_folder, corpus, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
+    """Corpora whose rows all have the same number of labels, as in a simulated step.
+
+    Short examples that are padded to data.max_length, and long ones that are cut to it without padding.
+    """
+    return {
+        padding: write_corpus_with_equal_summaries(tmp_path_factory.mktemp(padding), times)
+        for padding, times in (("max_length", 1), ("free", 12))
+    }

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conformance.battery import Bench, Case, MakeBench, bench_of
-from tests.unit.memory.conftest import sources as sources  # noqa: PLC0414 — a fixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

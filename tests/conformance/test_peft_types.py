@@ -25,7 +25,7 @@ CHANGES_START = {"C3A", "FOURIERFT", "SHADOW", "UNILORA", "VBLORA"} | PROMPTS
 DEPENDS_ON_BATCH = {"LILY"}
 """Types whose routers average over all tokens of a batch."""
 NOT_MERGED = {"ADAPTION_PROMPT", "BEFT", "LILY", "SHADOW"} | PROMPTS
-"""Types that are no update of weights; BEFT is one where the base has biases."""
+"""Types that do not update weights; BEFT is one where the base has biases."""
 NOT_PLANNED = {"ADAMSS", "FROD", "OSF", "PSOFT", "SHIRA", "TINYLORA", "VBLORA", "WAVEFT"}
 """Types whose shapes depend on the values of weights or of their own parameters, or that decompose or solve."""
 REFUSED = {(kind, family) for kind in ("ADAPTION_PROMPT",) for family in ("qwen3", "gemma3", "gpt_neox")}

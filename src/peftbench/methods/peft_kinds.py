@@ -115,7 +115,7 @@ class PeftByType(Method):
         if peft_type in REFUSED_TYPES:
             raise ValueError(f"type={name} is not supported, since {REFUSED_TYPES[peft_type]}")
         if peft_type not in TYPES:
-            raise ValueError(f"type={name} is no type of peft; {did_you_mean(peft_type, sorted(TYPES))}")
+            raise ValueError(f"type={name} is not a type of peft; {did_you_mean(peft_type, sorted(TYPES))}")
         return cast("builtins.type[Self]", _build_section("peft", peft_type))
 
 

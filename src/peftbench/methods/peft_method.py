@@ -137,6 +137,8 @@ class PeftMethod(Method):
         if "target_modules" in values:
             values["target_modules"] = _to_python(modules)
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type]  # type: ignore[index]
+        if "progressbar" in config_class.__dataclass_fields__:
+            values["progressbar"] = False
         return config_class(task_type="CAUSAL_LM", **values, **self.set_config_values(base))
 
     def _add_adapter(self, base: PreTrainedModel, modules: Any) -> nn.Module:
@@ -171,7 +173,7 @@ class PeftLora(PeftMethod):
 _DATA_INITS = ("corda", "eva", "loftq", "lora_ga")
 """Initial values of LoRA that are computed from data, or with a quantized base; without that they are the default."""
 _PEFT_ERRORS = (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, LookupError)
-"""What peft raises for a config or a layer that a type does not support."""
+"""Errors of peft for a config or a layer that a type does not support."""
 
 
 def _list_norm_names(base: PreTrainedModel) -> list[str]:

@@ -9,7 +9,7 @@ from peftbench.methods.peft_method import PeftMethod
 from peftbench.methods.soft_tokens import (
     add_packed_forward,
     check_architecture,
-    check_generation,
+    check_generates_from_embeddings,
     generate_after_soft_tokens,
     get_embedding_width,
 )
@@ -53,7 +53,7 @@ class PeftSoftTokens(PeftPrefix):
         return {"token_dim": get_embedding_width(base)}
 
     def check_generation(self, base: PreTrainedModel) -> None:
-        check_generation(base, self.kind)
+        check_generates_from_embeddings(base, self.kind)
 
     def generate(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any

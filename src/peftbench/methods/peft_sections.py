@@ -10,7 +10,7 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Optional, Union, get_args, get_origin
 
 from pydantic import Field
 
@@ -48,11 +48,13 @@ def build_fields(peft_type: str) -> dict[str, Any]:
 
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]  # type: ignore[index] # PeftType is a str
     hints = typing.get_type_hints(config_class)
-    return {
-        field.name: (_to_recipe_type(hints[field.name]), _build_default(field))
-        for field in dataclasses.fields(config_class)
-        if field.init and field.name not in SET_BY_PEFTBENCH
-    }
+    fields = [field for field in dataclasses.fields(config_class) if field.init and field.name not in SET_BY_PEFTBENCH]
+    keys: dict[str, Any] = {}
+    for field in fields:
+        annotation, default = _to_recipe_type(hints[field.name]), _build_default(field)
+        # Some classes give None to a field whose type does not allow it.
+        keys[field.name] = (Optional[annotation] if default.default is None else annotation, default)
+    return keys
 
 
 def _build_default(field: dataclasses.Field[Any]) -> Any:

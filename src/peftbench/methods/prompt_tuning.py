@@ -10,7 +10,7 @@ from peftbench.methods.base import Method
 from peftbench.methods.soft_tokens import (
     add_packed_forward,
     check_architecture,
-    check_generation,
+    check_generates_from_embeddings,
     generate_after_soft_tokens,
     get_embedding_width,
 )
@@ -82,7 +82,7 @@ class PromptTuning(Method):
         return model
 
     def check_generation(self, base: PreTrainedModel) -> None:
-        check_generation(base, self.kind)
+        check_generates_from_embeddings(base, self.kind)
 
     def generate(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any

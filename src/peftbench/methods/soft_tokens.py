@@ -32,7 +32,7 @@ def check_architecture(base: PreTrainedModel) -> None:
         )
 
 
-def check_generation(base: PreTrainedModel, kind: str) -> None:
+def check_generates_from_embeddings(base: PreTrainedModel, kind: str) -> None:
     """Check that the model generates from embeddings.
 
     Raises:

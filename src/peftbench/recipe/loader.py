@@ -299,14 +299,17 @@ def _locate_error(
     path: list[str] = []
     fields: list[str] = list(root.model_fields)
     table: Mapping[str, type[ConfigSection]] = {}
+    follows_group = False
     for key in location:
-        if isinstance(key, str) and key in table and path and path[-1] in _KIND_REGISTRIES and key not in fields:
+        is_tag, follows_group = follows_group and path[-1] != "method" and key in table, False
+        if is_tag:
             continue  # the kind, which is not part of the path
         if group is None and path and isinstance(key, str) and key not in fields:
             continue  # a branch of a union, e.g. "tuple[str, ...]"
         path.append(str(key))
         given = given.get(key) if isinstance(given, Mapping) else None
         table = _KIND_REGISTRIES.get(str(key), {})
+        follows_group = bool(table)
         if group is None or str(key) not in group.model_fields:
             continue
         field = group.model_fields[str(key)]
@@ -326,6 +329,7 @@ def to_commented_yaml(recipe: Recipe) -> str:
 
 def _iter_commented_lines(section: ConfigSection, depth: int) -> Iterator[str]:
     margin = "  " * depth
+    plain = section.model_dump(mode="json", warnings=False)
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         meaning = " ".join((field.description or "").split())
@@ -333,7 +337,7 @@ def _iter_commented_lines(section: ConfigSection, depth: int) -> Iterator[str]:
             yield f"{margin}{name}:  # {meaning}"
             yield from _iter_commented_lines(value, depth + 1)
         else:
-            yield f"{margin}{name}: {to_inline_yaml(list(value) if isinstance(value, tuple) else value)}  # {meaning}"
+            yield f"{margin}{name}: {to_inline_yaml(plain[name])}  # {meaning}"
 
 
 def to_inline_yaml(value: object) -> str:

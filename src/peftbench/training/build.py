@@ -155,36 +155,23 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
     notes = [*base.notes, *recipe.method.list_notes(base.model), *trial.list_notes(recipe), *describe_rate(recipe)]
-    if recipe.model.quantization is not None and (unquantized := describe_unquantized_modules(base.model)):
-        notes.append(f"model.quantization={recipe.model.quantization} does not quantize {unquantized}")
+    notes += _list_precision_notes(recipe, base)
     values_before = {id(tensor): tensor.numel() for tensor in _list_tensors(base.model)}
     model = recipe.method.apply(base.model, base.tokenizer)
     convert_frozen_weights(base.model, TORCH_DTYPES[recipe.frozen_dtype])
-    if recipe.frozen_dtype != "fp32":
-        trained = f", and trained ones in {recipe.optimizer.weight_dtype}" if recipe.method.is_trainable else ""
-        notes.append(f"frozen weights are held in {recipe.frozen_dtype} (model.dtype){trained}")
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if recipe.method.is_trainable and trainable == 0:
-        raise UnsupportedModelError(
-            f"method.kind={recipe.method.kind} trains no parameter of this {base.model.config.model_type}; use another "
-            "method"
-        )
-    requested = recipe.train.gradient_checkpointing and recipe.method.is_trainable
-    checkpointing = requested and not recipe.method.has_frozen_backbone
-    if requested and not checkpointing:
-        notes.append("gradient checkpointing is off: nothing below the head has a backward pass")
-    if checkpointing:
-        enable_checkpointing(base.model)
+    parameters = ParameterCounts(
+        total=total,
+        trainable=_count_trained(recipe, base, model),
+        added_frozen=_count_added(model, values_before),
+    )
+    checkpointing = _enable_checkpointing(recipe, base, notes)
     if recipe.optimizer.weight_dtype == "bf16":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
     if recipe.train.activation_offloading and context.accelerator.device.type == "cpu":
         notes.append("activation offloading is off: on CPU, activations are already in host memory")
-    if recipe.model.quantization == "int8" and recipe.train.resolved_precision != "fp16":
-        notes.append(f"the int8 base model rounds its matmul inputs to fp16, not to {recipe.train.resolved_precision}")
     if not (context.engine.shards_weights and recipe.method.is_trainable):  # sharded weights are moved shard by shard
         model.to(context.accelerator.device)
-    parameters = ParameterCounts(total=total, trainable=trainable, added_frozen=_count_added(model, values_before))
     loss, loss_notes = build_loss(
         base.model,
         labeled_only=recipe.train.logits == "labels_only",
@@ -206,6 +193,45 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
         loss,
         merges if recipe.method.keeps_base_frozen else None,
     )
+
+
+def _list_precision_notes(recipe: Recipe, base: LoadedModel) -> list[str]:
+    """Return notes on the types in which weights are held and multiplied."""
+    notes = []
+    if recipe.model.quantization is not None and (unquantized := describe_unquantized_modules(base.model)):
+        notes.append(f"model.quantization={recipe.model.quantization} does not quantize {unquantized}")
+    if recipe.frozen_dtype != "fp32":
+        trained = f", and trained ones in {recipe.optimizer.weight_dtype}" if recipe.method.is_trainable else ""
+        notes.append(f"frozen weights are held in {recipe.frozen_dtype} (model.dtype){trained}")
+    if recipe.model.quantization == "int8" and recipe.train.resolved_precision != "fp16":
+        notes.append(f"the int8 base model rounds its matmul inputs to fp16, not to {recipe.train.resolved_precision}")
+    return notes
+
+
+def _count_trained(recipe: Recipe, base: LoadedModel, model: nn.Module) -> int:
+    """Return the number of trained scalars.
+
+    Raises:
+        UnsupportedModelError: a method that should train trains none.
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if recipe.method.is_trainable and trained == 0:
+        raise UnsupportedModelError(
+            f"method.kind={recipe.method.kind} trains no parameter of this {base.model.config.model_type}; use another "
+            "method"
+        )
+    return trained
+
+
+def _enable_checkpointing(recipe: Recipe, base: LoadedModel, notes: list[str]) -> bool:
+    """Enable gradient checkpointing if the recipe requests it and it has an effect; return whether it is enabled."""
+    requested = recipe.train.gradient_checkpointing and recipe.method.is_trainable
+    enabled = requested and not recipe.method.has_frozen_backbone
+    if requested and not enabled:
+        notes.append("gradient checkpointing is off: nothing below the head has a backward pass")
+    if enabled:
+        enable_checkpointing(base.model)
+    return enabled
 
 
 def _list_tensors(model: nn.Module) -> list[torch.Tensor]:

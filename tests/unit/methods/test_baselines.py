@@ -16,6 +16,7 @@ from peftbench.methods import BASELINES, METHOD_KINDS, METHODS
 from peftbench.methods.base import Method, Target
 from peftbench.methods.baselines import FewShot, Lead, Majority, ZeroShot
 from peftbench.methods.full import Full
+from peftbench.methods.peft_kinds import PRESETS
 from peftbench.recipe.schema import Data, Recipe, Train
 from peftbench.tasks.completion import Completion
 from peftbench.training.data import add_shots, load_split
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 
 
 def test_kinds_of_methods_and_baselines_are_distinct() -> None:
-    """The default of each class's kind is its key in the registry, and METHOD_KINDS has both registries."""
+    """The default of each class's kind is its key in the registry, and METHOD_KINDS has all registries."""
     assert METHODS
     assert BASELINES
     assert not set(METHODS) & set(BASELINES)
-    assert set(METHOD_KINDS) == set(METHODS) | set(BASELINES)
+    assert set(METHOD_KINDS) == set(METHODS) | set(BASELINES) | set(PRESETS) | {"peft"}
+    assert len(METHOD_KINDS) == len(METHODS) + len(BASELINES) + len(PRESETS) + 1
     assert all(part.model_fields["kind"].default == kind for kind, part in METHOD_KINDS.items())
 
 

@@ -52,7 +52,7 @@ def section_of_kinds(kinds: Any) -> st.SearchStrategy[Any]:
 PLAIN_SECTIONS = {
     name: field.annotation
     for name, field in Recipe.model_fields.items()
-    if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields")
+    if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields") and name != "method"
 }
 RECIPES = st.fixed_dictionaries(
     {
