@@ -11,6 +11,7 @@ from peftbench.report.analysis.costs import cost_clause
 from peftbench.report.analysis.outcomes import outcome_sentences
 from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.analysis.significance import ALPHA, MIN_EXAMPLES, ComparisonSet, PairComparison, compare_groups
+from peftbench.report.runs import method_kind
 from peftbench.report.text.formatting import decimal_places, format_decimal, join_with_and, round_outward, truncate_list
 
 RECOMMENDED_SEEDS = 3
@@ -18,6 +19,8 @@ RECOMMENDED_SEEDS = 3
 
 MAX_SENTENCES = 12
 """Maximum number of sentences on configurations, and on outcomes; the table has the others."""
+MANY_METHODS = 8
+"""Number of methods from which a summary states that their learning rates were not tuned."""
 
 
 def summarize(records: Sequence[RunRecord], comparison_set: ComparisonSet | None = None) -> list[str]:
@@ -33,6 +36,7 @@ def summarize(records: Sequence[RunRecord], comparison_set: ComparisonSet | None
             f"These runs differ in more than their method: in {join_with_and(differences)}. A difference between them "
             "may not be due to the method"
         )
+    sentences += _rate_sentences(trained)
     has_enough_examples = comparison_set.pair_comparisons and comparison_set.num_examples >= MIN_EXAMPLES
     sentences += _quality_sentences(comparison_set) if has_enough_examples else _cost_sentences(comparison_set)
     sentences += _commit_sentences(comparison_set.groups)
@@ -67,6 +71,20 @@ def _quality_sentences(comparison_set: ComparisonSet) -> list[str]:
             ),
         ),
         _interval_sentence(comparison_set),
+    ]
+
+
+def _rate_sentences(trained: Sequence[RunRecord]) -> list[str]:
+    """Return that learning rates were not tuned, if many methods ran at one rate each."""
+    rates_by_method: dict[str, set[float | None]] = {}
+    for run in trained:
+        rates = rates_by_method.setdefault(method_kind(run), set())
+        rates.add(run.recipe.get("optimizer", {}).get("learning_rate"))
+    if len(rates_by_method) < MANY_METHODS or any(len(rates) > 1 for rates in rates_by_method.values()):
+        return []
+    return [
+        f"Not tuned: each of the {len(rates_by_method)} methods ran at one learning rate. Another rate may change the "
+        "order"
     ]
 
 
