@@ -129,8 +129,17 @@ def test_generation_out_of_memory_keeps_model_and_loss(workshop: Workshop, monke
     assert evaluated.throughput == record.throughput
 
 
-@pytest.mark.parametrize("error", [OOM, RuntimeError("a bug"), KeyboardInterrupt()], ids=["oom", "failed", "stopped"])
-@pytest.mark.parametrize("save_model", [True, False])
+@pytest.mark.parametrize(
+    ("save_model", "error"),
+    [
+        pytest.param(True, OOM, id="saved-oom"),
+        pytest.param(True, RuntimeError("a bug"), id="saved-failed"),
+        pytest.param(True, KeyboardInterrupt(), id="saved-stopped"),
+        pytest.param(False, OOM, id="not saved-oom"),
+        pytest.param(False, RuntimeError("a bug"), id="not saved-failed", marks=pytest.mark.slow),
+        pytest.param(False, KeyboardInterrupt(), id="not saved-stopped", marks=pytest.mark.slow),
+    ],
+)
 def test_rerun_after_a_failed_evaluation_trains_nothing(
     save_model: bool, error: BaseException, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
