@@ -127,7 +127,7 @@ def test_unchanged_micro_batch_is_not_suggested(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("smaller", "overrides"),
     [
-        ({"batch_size": 1}, ("evaluate.batch_size=1",)),
+        pytest.param({"batch_size": 1}, ("evaluate.batch_size=1",), marks=pytest.mark.slow),
         ({"batch_size": 1, "num_beams": 1}, ("evaluate.batch_size=1", "evaluate.num_beams=1")),
         (None, ("evaluate.metrics=[]",)),
     ],

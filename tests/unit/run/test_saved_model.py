@@ -238,8 +238,8 @@ def test_later_evaluation_replaces_memory_by_rank() -> None:
     [
         ({"evaluate": Evaluate(metrics=(), max_new_tokens=4, bootstrap_resamples=100)}, False),
         ({"evaluate": Evaluate(**QUICK, general_text="shipped")}, False),
-        ({"evaluate": Evaluate(**QUICK, interval=2)}, True),
-        ({"profile": Profile(untimed_steps=1)}, True),
+        pytest.param({"evaluate": Evaluate(**QUICK, interval=2)}, True, marks=pytest.mark.slow),
+        pytest.param({"profile": Profile(untimed_steps=1)}, True, marks=pytest.mark.slow),
         ({"method": Lora(r=4)}, True),
         ({}, True),
     ],
