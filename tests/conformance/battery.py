@@ -126,6 +126,23 @@ every_case = pytest.mark.parametrize("case", mark_cases(CASES))
 """Mark that runs a test for every method, variant and architecture."""
 
 
+def _list_one_case_per_variant() -> list[Case]:
+    """Return a case of each variant, over the architectures in turn."""
+    by_variant: dict[str, list[Case]] = {}
+    for case in CASES:
+        by_variant.setdefault(case.variant, []).append(case)
+    return [cases[index % len(cases)] for index, cases in enumerate(by_variant.values())]
+
+
+ONE_CASE_PER_VARIANT = _list_one_case_per_variant()
+every_variant = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in ONE_CASE_PER_VARIANT else pytest.mark.slow) for case in CASES],
+    ids=str,
+)
+"""Mark that runs a test for every method and variant on one architecture; the other architectures are slow."""
+
+
 @dataclass
 class Bench:
     """A method applied to a small base model."""

@@ -10,7 +10,7 @@ import torch
 from peftbench.methods.selection import find_blocks
 from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.training.loop import train_step
-from tests.conformance.battery import Bench, Case, MakeBench, every_case
+from tests.conformance.battery import Bench, Case, MakeBench, every_case, every_variant
 from tests.helpers.batches import micro_batch, one_batch
 from tests.helpers.training import assemble_training, loss_for, trainable_parameters
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peftbench.modeling.loss import CausalLMLoss
 
 
-@every_case
+@every_variant
 def test_fits_one_batch(case: Case, make_bench: MakeBench, accelerator: Accelerator) -> None:
     """In 40 steps on one batch, the loss decreases by more than a third."""
     bench = make_bench(case)

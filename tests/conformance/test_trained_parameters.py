@@ -8,7 +8,7 @@ import torch
 
 from peftbench.methods import METHODS
 from peftbench.training.loop import train_step
-from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, MakeBench, every_case
+from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, MakeBench, every_case, every_variant
 from tests.helpers.batches import micro_batch, one_batch
 from tests.helpers.methods import ONE_OF_EACH, PRESETS
 from tests.helpers.models import ARCHITECTURES, meta_base
@@ -30,7 +30,7 @@ def test_battery_covers_every_method() -> None:
     assert len(CASES) == len(variants) * len(ARCHITECTURES) - len(REFUSED)
 
 
-@every_case
+@every_variant
 def test_steps_change_exactly_the_trained_parameters(
     case: Case, make_bench: MakeBench, accelerator: Accelerator
 ) -> None:
@@ -82,7 +82,7 @@ def test_trained_weights_are_float32(case: Case, make_bench: MakeBench) -> None:
     assert {parameter.dtype for parameter in trainable_parameters(make_bench(case).model).values()} == {torch.float32}
 
 
-@every_case
+@every_variant
 def test_loss_depends_on_exactly_the_trained_parameters(case: Case, make_bench: MakeBench) -> None:
     """The leaves of the loss's autograd graph are the trained parameters."""
     bench = make_bench(case)

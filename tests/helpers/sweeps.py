@@ -1,4 +1,4 @@
-"""Marks for sweeps: a few chosen points and a seeded tenth are fast, the others are slow."""
+"""Marks for sweeps: a few chosen points and a seeded part are fast, the others are slow."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 
-def mark_slow(points: Sequence[Any], keep: Callable[[Any], bool], seed: int) -> list[Any]:
-    """Mark a sweep's points as slow, except those that ``keep`` selects and a seeded tenth."""
-    fast = set(random.Random(seed).sample(range(len(points)), len(points) // 10))  # noqa: S311
+def mark_slow(points: Sequence[Any], keep: Callable[[Any], bool], seed: int, one_in: int = 10) -> list[Any]:
+    """Mark a sweep's points as slow, except those that ``keep`` selects and, seeded, one in ``one_in``."""
+    fast = set(random.Random(seed).sample(range(len(points)), len(points) // one_in))  # noqa: S311
     return [
         pytest.param(*point, marks=() if index in fast or keep(point) else pytest.mark.slow)
         for index, point in enumerate(points)

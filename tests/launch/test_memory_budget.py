@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from peftbench.memory.devices import get_device_facts
+from peftbench.memory.search import MemoryTarget
+from peftbench.recipe.arguments import load_recipe_from_arguments
 from peftbench.record import RunRecord, read_record
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.project import RECIPE
@@ -69,10 +72,10 @@ def read_oom_record(project: Path) -> RunRecord:
     return record
 
 
-def test_oom_suggestion_fits(
+def run_out_of_memory(
     full: Path, project: Path, launch: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    """The record has requested, in-use and estimated bytes, and the suggested overrides run under the same budget."""
+) -> tuple[RunRecord, list[str]]:
+    """Return the record of a run under too small a budget, and the arguments of the suggested command."""
     done = launch("--config", str(full), f"budget.memory={TOO_LITTLE}MiB")
     assert done.returncode == 70, done.stderr
     assert "Traceback" not in done.stderr
@@ -87,6 +90,30 @@ def test_oom_suggestion_fits(
     arguments = command.splitlines()[0].split()
     assert arguments[0] == "out/run/record.json"
     assert arguments[1:] == list(record.outcome.suggested_overrides)
+    return record, arguments
+
+
+def test_plan_of_an_oom_suggestion_fits(
+    full: Path,
+    project: Path,
+    launch: Callable[..., subprocess.CompletedProcess[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The record has requested, in-use and estimated bytes, and the suggested overrides are planned to fit."""
+    record, arguments = run_out_of_memory(full, project, launch)
+    assert record.outcome.suggested_overrides
+    monkeypatch.chdir(project)
+    recipe = load_recipe_from_arguments("train", arguments, [])
+    assert (recipe.train.global_batch_size, recipe.budget.memory_bytes) == (8, TOO_LITTLE * MIB)
+    assert MemoryTarget(get_device_facts("cpu"), "cpu", TOO_LITTLE * MIB).plan(recipe).verdict == "fits"
+
+
+@pytest.mark.slow
+def test_oom_suggestion_fits(
+    full: Path, project: Path, launch: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """The suggested overrides run under the same budget."""
+    _, arguments = run_out_of_memory(full, project, launch)
     repeated = launch(*arguments)
     assert repeated.returncode == 0, repeated.stderr
     assert read_record(project / "out" / "run" / "record.json").recipe["train"]["global_batch_size"] == 8

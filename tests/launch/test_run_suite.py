@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from peftbench.cli.app import app
 from tests.helpers.paths import REPOSITORY
 
 CONFIG = REPOSITORY / "accel_configs" / "cpu2.yaml"
@@ -39,27 +41,41 @@ def record_of(folder: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def test_suite_skips_finished_runs_and_repeats_changed_ones(project: Path, caches: dict[str, str]) -> None:
-    """A second start repeats no finished run; a run with a changed recipe is repeated."""
-    (project / "suite.yaml").write_text(SUITE)
-    first = run(peftbench("run", "suite.yaml"), project, caches)
-    assert first.returncode == 0, first.stderr
-    assert "run-r=1" in first.stdout
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [("method.kind", ["lora", "lead"]), pytest.param("method.r", [1, 2], marks=pytest.mark.slow)],
+)
+def test_suite_skips_finished_runs_and_repeats_changed_ones(
+    key: str, values: list[str | int], project: Path, caches: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second start repeats no finished run; a run with a changed recipe is repeated.
+
+    The suite is in this process, and each run is a new process.
+    """
+    monkeypatch.chdir(project)
+    for name, value in caches.items():
+        monkeypatch.setenv(name, value)
+    suite: dict[str, Any] = {"name": "s", "recipes": ["recipe.yaml"]}
+    names = [f"run-{key.split('.')[1]}={value}" for value in values]
+    (project / "suite.yaml").write_text(yaml.safe_dump(suite | {"axes": {key: values}}))
+    first = CliRunner().invoke(app, ["run", "suite.yaml"])
+    assert first.exit_code == 0, first.stderr
+    assert names[0] in first.stdout
     assert first.stdout.splitlines()[-1] == "report: out/report.html"
-    started = {name: record_of(project, name)["started_at"] for name in ("run-r=1", "run-r=2")}
+    started = {name: record_of(project, name)["started_at"] for name in names}
     recipe = yaml.safe_load((project / "recipe.yaml").read_text()) | {"evaluate": {"max_new_tokens": 9, "metrics": ()}}
-    again = run(peftbench("run", "suite.yaml"), project, caches)
+    again = CliRunner().invoke(app, ["run", "suite.yaml"])
     assert again.stderr.count("skipped") == 2
     assert {name: record_of(project, name)["started_at"] for name in started} == started
     (project / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[1]"))
-    changed = run(peftbench("run", "suite.yaml"), project, caches)
-    assert changed.returncode == 0, changed.stderr
+    (project / "suite.yaml").write_text(yaml.safe_dump(suite | {"axes": {key: values[1:]}}))
+    changed = CliRunner().invoke(app, ["run", "suite.yaml"])
+    assert changed.exit_code == 0, changed.stderr
     assert "skipped" not in changed.stderr
-    assert record_of(project, "run-r=1")["recipe"]["evaluate"]["max_new_tokens"] == 9
-    reported = run(peftbench("report", "out"), project, caches)
-    assert reported.returncode == 0, reported.stderr
-    assert "run-r=1" in reported.stdout
+    assert record_of(project, names[1])["recipe"]["evaluate"]["max_new_tokens"] == 9
+    reported = CliRunner().invoke(app, ["report", "out"])
+    assert reported.exit_code == 0, reported.stderr
+    assert names[1] in reported.stdout
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_unreadable_record_is_measured_again(call: list[str], tmp_path: Path) ->
     assert read_records(folder)[0].outcome.kind == "ok"
 
 
+def test_case_without_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A case of the full size ends before it is measured; the other script returns the exit code of its cases."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.delitem(sys.modules, "cases", raising=False)  # other benchmarks have a module of this name
+    monkeypatch.setattr(sys, "argv", ["case.py", "gpt2_full_fp32"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT.with_name("case.py")), run_name="__main__")
+    del sys.modules["cases"]
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "no CUDA device found; use --tiny to try it on CPU\n"
+
+
+@pytest.mark.slow  # two processes that import all libraries
 def test_full_size_without_gpu_is_refused(call: list[str]) -> None:
     """The full benchmark does not start on a CPU."""
     if Path("/dev/nvidia0").exists():

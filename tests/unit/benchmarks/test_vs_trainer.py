@@ -323,14 +323,16 @@ print(arm.measure(Job(arm="peftbench", **settings)).peak_bytes)
     ("changes", "message"),
     [
         ({"losses": [3.0, 2.1]}, "losses up to 5.000% from peftbench's, 0.100% is allowed"),
-        ({"losses": [3.0, 2.003]}, "losses up to 0.150% from peftbench's"),
+        pytest.param({"losses": [3.0, 2.003]}, "losses up to 0.150% from peftbench's", marks=pytest.mark.slow),
         ({"losses": [float("nan"), 2.0]}, "losses up to nan%"),
         ({"real_tokens": [49, 100]}, "its steps have other tokens than peftbench's"),
-        ({"labeled_tokens": [5, 11]}, "its steps have other tokens than peftbench's"),
+        pytest.param(
+            {"labeled_tokens": [5, 11]}, "its steps have other tokens than peftbench's", marks=pytest.mark.slow
+        ),
         ({"trainable_parameters": 11}, "it trains 11 parameters; peftbench trains others"),
-        ({"model_flops": 51}, "its model FLOPs differ from peftbench's"),
+        pytest.param({"model_flops": 51}, "its model FLOPs differ from peftbench's", marks=pytest.mark.slow),
         ({"device_name": "another"}, "the records have more than one device: a CPU, another"),
-        ({"git": "def"}, "the records have more than one checkout: abc, def"),
+        pytest.param({"git": "def"}, "the records have more than one checkout: abc, def", marks=pytest.mark.slow),
     ],
 )
 def test_different_records_are_not_compared(tmp_path: Path, changes: dict[str, object], message: str) -> None:

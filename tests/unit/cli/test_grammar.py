@@ -19,7 +19,7 @@ RECIPE_COMMANDS = {
     "train": ("train", "--print-config"),
     "show": ("show",),
     "estimate": ("estimate", "--json"),
-    "fit": ("fit", "--budget", "4GiB", "--json"),
+    "fit": ("fit", "--budget", "4GiB", "--techniques", "checkpointing", "--json"),
 }
 SUITE_COMMANDS = {"run": ("run", "--dry-run"), "submit": ("submit", "--dry-run")}
 

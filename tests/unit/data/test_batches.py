@@ -383,9 +383,10 @@ def test_micro_batches_stay_within_a_token_limit(
         for rank in range(world_size)
     ]
     one_by_one = [take(batches(dataset, global_batch, 1, collator=collator), steps)][0]
+    steps_by_rank = [take(batches_of_rank, steps) for batches_of_rank in limited]
     max_parts, sizes = 0, []
     for step in range(steps):
-        ranks = [take(batches_of_rank, steps)[step] for batches_of_rank in limited]
+        ranks = [steps_of_rank[step] for steps_of_rank in steps_by_rank]
         parts = [part for batch in ranks for part in batch.micro_batches]
         assert {len(batch.micro_batches) for batch in ranks} == {limited[0].gradient_accumulation_steps}
         sizes += [collator.count_positions(part.lengths) for part in parts]

@@ -174,10 +174,46 @@ def call(arguments: list[str], directory: Path, environment: dict[str, str]) -> 
     )
 
 
+PUSH_MERGED = ("--merge", "--dtype", "bf16", "--push", "jane/lora")
+
+
+def check_merged_push(hub: HubServer, run: Path, directory: Path, stdout: str, stderr: str) -> None:
+    """Check that the merged model arrived on the server, and that the token is in no output and no file."""
+    assert stdout.splitlines() == ["exported: exports/lora-merged", f"pushed: {hub.url}/jane/lora"]
+    assert "checked: on 5 texts the logits in bf16 differ" in stderr
+    exported = directory / "exports" / "lora-merged"
+    files = dict(hub.repositories["jane/lora"])
+    files.pop(".gitattributes")
+    assert files == read_folder(exported)
+    assert b'model="jane/lora"' in files["README.md"]
+    written = [path.read_bytes() for root in (directory, run) for path in root.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in content for content in [*written, *files.values()])
+    assert TOKEN not in stdout + stderr
+
+
 def test_command_merges_and_pushes(
+    logged_in: HubServer,
+    finished_run: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The merged model arrives on the server; the token is in no output and no file."""
+    monkeypatch.chdir(tmp_path)
+    run = finished_run("lora")
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        app(["export", str(run), *PUSH_MERGED])
+    output = capfd.readouterr()
+    assert ended.value.code == 0, output.err
+    check_merged_push(logged_in, run, tmp_path, output.out, output.err)
+
+
+@pytest.mark.slow
+def test_process_merges_and_pushes(
     hub: HubServer, finished_run: Callable[[str], Path], caches: dict[str, str], tmp_path: Path
 ) -> None:
-    """The merged model arrives on the server under HF_ENDPOINT; the token is in no output and no file."""
+    """The same for a process that finds the server by HF_ENDPOINT and logs everything."""
     environment = caches | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -186,18 +222,9 @@ def test_command_merges_and_pushes(
         "HF_HUB_VERBOSITY": "debug",
     }
     run = finished_run("lora")
-    result = call(["export", str(run), "--merge", "--dtype", "bf16", "--push", "jane/lora"], tmp_path, environment)
+    result = call(["export", str(run), *PUSH_MERGED], tmp_path, environment)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["exported: exports/lora-merged", f"pushed: {hub.url}/jane/lora"]
-    assert "checked: on 5 texts the logits in bf16 differ" in result.stderr
-    exported = tmp_path / "exports" / "lora-merged"
-    files = dict(hub.repositories["jane/lora"])
-    files.pop(".gitattributes")
-    assert files == read_folder(exported)
-    assert b'model="jane/lora"' in files["README.md"]
-    written = [path.read_bytes() for root in (tmp_path, run) for path in root.rglob("*") if path.is_file()]
-    assert not any(TOKEN.encode() in content for content in [*written, *files.values()])
-    assert TOKEN not in result.stdout + result.stderr
+    check_merged_push(hub, run, tmp_path, result.stdout, result.stderr)
 
 
 def test_refused_upload_ends_the_command_with_its_exit_code(

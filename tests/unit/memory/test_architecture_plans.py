@@ -19,7 +19,6 @@ from tests.helpers.architecture_plans import (
     write_tiny_config,
 )
 from tests.helpers.paths import REPOSITORY
-from tests.helpers.sweeps import mark_slow
 from tests.helpers.workshop import Workshop
 
 TABLE = REPOSITORY / "docs" / "reference" / "architectures.md"
@@ -33,7 +32,31 @@ def read_table() -> dict[tuple[str, str], str]:
 
 
 EXPECTED = read_table()
-POINTS = mark_slow(list(EXPECTED), keep=lambda _: False, seed=210)
+FAST = {
+    ("llama", "lora, peft's targets"),
+    ("mistral, window", "lora"),
+    ("gpt2", "full"),
+    ("gemma2", "last layer"),
+    ("falcon", "prompt tuning"),
+    ("bloom", "full"),
+    ("mixtral", "lora"),
+    ("olmoe", "full"),
+    ("deepseek_v3", "lora"),
+    ("mamba", "full"),
+    ("jamba", "lora"),
+    ("qwen3_next", "prompt tuning"),
+    ("bert", "lora"),
+    ("trocr", "last layer"),
+    ("bart", "full"),
+    ("whisper", "prompt tuning"),
+    ("granite", "lora, peft's targets"),
+    ("roformer", "lora"),
+    ("jetmoe", "last layer"),
+}
+"""Points of each kind of architecture: dense, windows, experts, latent attention, recurrent, encoders, decoders."""
+POINTS = [
+    pytest.param(*point, id="-".join(point), marks=() if point in FAST else pytest.mark.slow) for point in EXPECTED
+]
 
 
 def test_table_covers_every_architecture_and_method() -> None:
@@ -47,6 +70,13 @@ def test_table_covers_every_architecture_and_method() -> None:
         "rembert",
         "roformer",
     }
+
+
+def test_fast_points_cover_every_method_and_outcome() -> None:
+    """Each method and each outcome is in the fast tests; the other points are slow."""
+    assert set(EXPECTED) >= FAST
+    assert {method for _, method in FAST} == set(METHODS)
+    assert {EXPECTED[point] for point in FAST} == set(EXPECTED.values())
 
 
 @pytest.mark.parametrize(("case", "method"), POINTS)

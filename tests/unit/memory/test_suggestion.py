@@ -85,9 +85,14 @@ def test_smaller_micro_batch_is_the_cheapest_change(workshop: Workshop) -> None:
     assert strategy.overrides == ("train.micro_batch_size=2",)
 
 
-def test_lora_is_suggested_if_no_technique_of_full_fine_tuning_fits(workshop: Workshop) -> None:
-    """The suggestion is predicted to fit, and the trade-off names the other method."""
-    recipe = workshop.recipe(Full(), train=TRAIN, evaluate={"batch_size": 1})
+@pytest.mark.parametrize("kind", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_lora_is_suggested_if_no_technique_of_full_fine_tuning_fits(kind: str, workshop: Workshop) -> None:
+    """The suggestion is predicted to fit, and the trade-off names the other method.
+
+    AdamW has many variants that save memory, so that the search takes longer.
+    """
+    optimizer = OPTIMIZERS[kind]()  # type: ignore[call-arg]
+    recipe = workshop.recipe(Full(), optimizer=optimizer, train=TRAIN, evaluate={"batch_size": 1})
     lora = recipe.model_copy(update={"method": Lora()})
     target = fit_exactly(lora.model_copy(update={"train": lora.train.model_copy(update={"micro_batch_size": 1})}))
     sentence = suggest_change(recipe, target).sentence
@@ -122,7 +127,7 @@ def test_unchanged_micro_batch_is_not_suggested(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("smaller", "overrides"),
     [
-        ({"batch_size": 1}, ("evaluate.batch_size=1",)),
+        pytest.param({"batch_size": 1}, ("evaluate.batch_size=1",), marks=pytest.mark.slow),
         ({"batch_size": 1, "num_beams": 1}, ("evaluate.batch_size=1", "evaluate.num_beams=1")),
         (None, ("evaluate.metrics=[]",)),
     ],

@@ -203,31 +203,33 @@ def test_valid_generation_config_is_kept(settings: dict[str, Any], folder: Path,
     assert settings.items() <= json.loads(path.read_text(encoding="utf-8")).items()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"repetition_penalty": 5.0},
-        {"no_repeat_ngram_size": 1},
-        {"do_sample": True, "temperature": 100.0},
-        {"suppress_tokens": list(range(1, 4000))},
-        {"num_beams": 4, "length_penalty": -5.0},
-    ],
+GENERATION_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"repetition_penalty": 5.0},
+    {"no_repeat_ngram_size": 1},
+    {"do_sample": True, "temperature": 100.0},
+    {"suppress_tokens": list(range(1, 4000))},
+    {"num_beams": 4, "length_penalty": -5.0},
 )
+
+
 @pytest.mark.parametrize("method", [Full(), Lora(r=2), PromptTuning(num_virtual_tokens=4)], ids=lambda m: m.kind)
 def test_generation_ignores_settings_of_the_base(
-    method: Full | Lora | PromptTuning, settings: dict[str, Any], folder: Path, workshop: Workshop
+    method: Full | Lora | PromptTuning, folder: Path, workshop: Workshop
 ) -> None:
     """Greedy decoding is greedy whatever the base's generation_config, and a note names what is not used."""
     keys: dict[str, Any] = {"evaluate": {"metrics": None, "saved_samples": 8}, "train": {"steps": 1}}
     plain = workshop.run(workshop.recipe(method, model={"path": str(folder)}, **keys))
-    change_json(folder, "generation_config.json", **settings)
-    record = workshop.run(workshop.recipe(method, model={"path": str(folder)}, **keys))
     assert plain.quality is not None
-    assert record.quality is not None
-    assert record.quality.samples == plain.quality.samples
-    (note,) = [note for note in record.notes if "generation does not use" in note]
-    assert all(key in note for key in settings)
     assert plain.notes == ()
+    plain_config = (folder / "generation_config.json").read_bytes()
+    for settings in GENERATION_SETTINGS:
+        (folder / "generation_config.json").write_bytes(plain_config)
+        change_json(folder, "generation_config.json", **settings)
+        record = workshop.run(workshop.recipe(method, model={"path": str(folder)}, **keys))
+        assert record.quality is not None
+        assert record.quality.samples == plain.quality.samples, settings
+        (note,) = [note for note in record.notes if "generation does not use" in note]
+        assert all(key in note for key in settings), note
 
 
 @pytest.mark.parametrize("case", ["ctrl", "openai-gpt", "falcon_h1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -184,8 +185,9 @@ def test_gpt2_small_matches_textbook_formulas(tokenizer: PreTrainedTokenizerBase
         "last_layer": 2.108,
         "lora": 3.431,
     }
+    gpt2_small = GPT2LMHeadModel(GPT2Config(n_positions=length + 20, attn_pdrop=0.0))
     for method in (Full(), LastLayer(), PromptTuning(num_virtual_tokens=20), Lora(r=8, target_modules=None)):
-        base = GPT2LMHeadModel(GPT2Config(n_positions=length + 20, attn_pdrop=0.0))
+        base = copy.deepcopy(gpt2_small)
         model = method.apply(base, tokenizer)
         flop_cost = count_flops(
             model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=False, computes_all_logits=True

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from peftbench.cli.app import app
 from peftbench.record import RECORD_FILE, RunRecord, read_records, train_peak_bytes
 from peftbench.report.tables.table import insert_table
 from peftbench.suite.expand import expand
@@ -51,18 +53,14 @@ def test_make_readme_fills_every_block() -> None:
     ("arguments", "file", "block"),
     [pytest.param(*plan, id=plan[2], marks=[pytest.mark.slow] * ("--suite" in plan[0])) for plan in ESTIMATE_COMMANDS],
 )
-def test_estimate_block_is_current(arguments: str, file: str, block: str, tmp_path: Path) -> None:
+def test_estimate_block_is_current(
+    arguments: str, file: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Generate the block again with the estimator, and compare the file with the committed one."""
     page = Path(shutil.copy(REPOSITORY / file, tmp_path))
-    command = [
-        "-c",
-        "from peftbench.cli.app import main; main()",
-        "estimate",
-        *arguments.split(),
-        "--update-file",
-        str(page),
-    ]
-    subprocess.run([sys.executable, *command, "--marker", block], check=True, cwd=REPOSITORY)
+    monkeypatch.chdir(REPOSITORY)
+    result = CliRunner().invoke(app, ["estimate", *arguments.split(), "--update-file", str(page), "--marker", block])
+    assert result.exit_code == 0, result.output
     assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.optim import SGD, AdamW
 from peftbench.record import RunRecord
 from peftbench.run.runner import Run
-from tests.helpers.methods import every_method
+from tests.helpers.methods import one_method_fast
 from tests.helpers.short_runs import use_small_matmul
 from tests.helpers.training import reset_accelerators
 from tests.helpers.workshop import Workshop
@@ -66,7 +66,7 @@ def test_losses_are_those_of_transformers(workshop: Workshop) -> None:
     assert abs(after - before) > 1e-3
 
 
-@every_method
+@one_method_fast("last_layer", "lora")
 def test_training_is_not_changed(method: Method, workshop: Workshop) -> None:
     """With dropout, the losses are equal to the last bit; the loss before the training is the same for all methods."""
     plain = workshop.run(workshop.recipe(method, model={"dropout": 0.2}))

@@ -28,7 +28,7 @@ from peftbench.run_dir.layout import RunDir, get_checkpoint_step
 from peftbench.run_dir.stop_request import STOP_LEAD_ENV
 from peftbench.training.checkpoint import CheckpointManager
 from tests.helpers.corpus import examples, write_corpus
-from tests.helpers.methods import every_method
+from tests.helpers.methods import one_method_fast
 from tests.helpers.short_runs import use_small_matmul
 from tests.helpers.training import reset_accelerators
 from tests.helpers.workshop import Workshop
@@ -59,7 +59,7 @@ def fake_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None
     return set_losses
 
 
-@every_method
+@one_method_fast("last_layer", "lora")
 def test_training_is_not_changed(method: Method, workshop: Workshop) -> None:
     """With dropout, losses and the evaluated model are equal to the last bit with and without evaluation."""
     model, train = {"dropout": 0.2}, {"steps": 5}

@@ -37,13 +37,18 @@ QUICK: dict[str, Any] = {"metrics": (), "max_new_tokens": 8, "bootstrap_resample
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has")
 
 
-def fail_generation(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Make every batch of generation raise ``error``."""
+def raise_error(error: BaseException) -> Callable[..., None]:
+    """Return a function that raises ``error``."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(Evaluator, "_generate", fail)
+    return fail
+
+
+def fail_generation(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make every batch of generation raise ``error``."""
+    monkeypatch.setattr(Evaluator, "_generate", raise_error(error))
 
 
 def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +129,17 @@ def test_generation_out_of_memory_keeps_model_and_loss(workshop: Workshop, monke
     assert evaluated.throughput == record.throughput
 
 
-@pytest.mark.parametrize("error", [OOM, RuntimeError("a bug"), KeyboardInterrupt()], ids=["oom", "failed", "stopped"])
-@pytest.mark.parametrize("save_model", [True, False])
+@pytest.mark.parametrize(
+    ("save_model", "error"),
+    [
+        pytest.param(True, OOM, id="saved-oom"),
+        pytest.param(True, RuntimeError("a bug"), id="saved-failed"),
+        pytest.param(True, KeyboardInterrupt(), id="saved-stopped"),
+        pytest.param(False, OOM, id="not saved-oom"),
+        pytest.param(False, RuntimeError("a bug"), id="not saved-failed", marks=pytest.mark.slow),
+        pytest.param(False, KeyboardInterrupt(), id="not saved-stopped", marks=pytest.mark.slow),
+    ],
+)
 def test_rerun_after_a_failed_evaluation_trains_nothing(
     save_model: bool, error: BaseException, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,8 +238,8 @@ def test_later_evaluation_replaces_memory_by_rank() -> None:
     [
         ({"evaluate": Evaluate(metrics=(), max_new_tokens=4, bootstrap_resamples=100)}, False),
         ({"evaluate": Evaluate(**QUICK, general_text="shipped")}, False),
-        ({"evaluate": Evaluate(**QUICK, interval=2)}, True),
-        ({"profile": Profile(untimed_steps=1)}, True),
+        pytest.param({"evaluate": Evaluate(**QUICK, interval=2)}, True, marks=pytest.mark.slow),
+        pytest.param({"profile": Profile(untimed_steps=1)}, True, marks=pytest.mark.slow),
         ({"method": Lora(r=4)}, True),
         ({}, True),
     ],
@@ -303,26 +317,23 @@ def read_run(workshop: Workshop) -> tuple[RunRecord, str]:
     return read_record(folder / "record.json"), (folder / "outputs.jsonl").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OOM, RuntimeError("a bug"), ModelError("changed")])
 @pytest.mark.parametrize("place", ["peftbench.run.runner.build_encoder", "_compute_losses", "_generate"])
 def test_failed_evaluation_keeps_a_complete_result(
-    place: str, error: BaseException, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+    place: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever ends it and wherever, the record and the outputs of the complete evaluation stay."""
     recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None})
     workshop.run(recipe)
     before = read_run(workshop)
-
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(place if "." in place else f"peftbench.evaluation.evaluator.Evaluator.{place}", fail)
-    if isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
-        assert evaluate(recipe).outcome.kind in {"preempted", "oom"}
-    else:
-        with pytest.raises(type(error)):
-            evaluate(recipe)
-    assert read_run(workshop) == before
+    target = place if "." in place else f"peftbench.evaluation.evaluator.Evaluator.{place}"
+    for error in (KeyboardInterrupt(), OOM, RuntimeError("a bug"), ModelError("changed")):
+        monkeypatch.setattr(target, raise_error(error))
+        if isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
+            assert evaluate(recipe).outcome.kind in {"preempted", "oom"}, error
+        else:
+            with pytest.raises(type(error)):
+                evaluate(recipe)
+        assert read_run(workshop) == before, error
 
 
 def test_known_loss_survives_a_rerun_that_is_stopped_while_loading(

@@ -69,8 +69,17 @@ def _assert_close(
 
 @every_method
 @every_family
-@pytest.mark.parametrize("chunk", [2**25, 3 * 4096], ids=["whole", "chunks"])
-@pytest.mark.parametrize("multiple", [None, 1, 32], ids=["padded", "packed", "packed to a multiple"])
+@pytest.mark.parametrize(
+    ("multiple", "chunk"),
+    [
+        pytest.param(None, 2**25, id="padded-whole"),
+        pytest.param(None, 3 * 4096, id="padded-chunks", marks=pytest.mark.slow),
+        pytest.param(1, 2**25, id="packed-whole", marks=pytest.mark.slow),
+        pytest.param(1, 3 * 4096, id="packed-chunks"),
+        pytest.param(32, 2**25, id="packed to a multiple-whole"),
+        pytest.param(32, 3 * 4096, id="packed to a multiple-chunks", marks=pytest.mark.slow),
+    ],
+)
 def test_loss_and_gradients_match_masked_attention_with_all_logits(  # noqa: PLR0917
     multiple: int | None,
     chunk: int,

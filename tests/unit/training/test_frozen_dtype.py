@@ -150,7 +150,7 @@ def test_random_weights_are_the_same_numbers_in_every_type(workshop: Workshop) -
     assert torch.equal(full.bfloat16(), lora)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("nf4_double", marks=pytest.mark.slow), "int8"])
 def test_unquantized_weights_of_a_quantized_base_are_in_16_bits(quantization: str, workshop: Workshop) -> None:
     """Embedding, head and norms are; adapters are float32, and the loss is close to that over float32."""
     recipes = [

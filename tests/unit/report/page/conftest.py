@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers.browser import BROWSERS, OpenedPage, OpenPage
+from tests.helpers.browser import BROWSERS, OpenPage, open_pages
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -31,25 +30,6 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[OpenPage]:
-    """Yield a function that opens a file and waits until each chart is drawn or has failed."""
-    contexts = []
-
-    def open_file(path: Path, *, width: int = 1280, height: int = 900, **context_options: Any) -> OpenedPage:
-        context = browser.new_context(viewport={"width": width, "height": height}, **context_options)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.set_default_timeout(30_000)
-        opened_page = OpenedPage(tab)
-        tab.on("console", lambda message: opened_page.console.append(f"{message.type}: {message.text}"))
-        tab.on("pageerror", lambda error: opened_page.console.append(f"error: {error}"))
-        tab.on("request", lambda request: opened_page.requests.append(request.url))
-        tab.goto(path.resolve().as_uri())
-        if context_options.get("java_script_enabled", True):
-            tab.wait_for_function(
-                "[...document.querySelectorAll('[data-chart]')].every(b => b.dataset.drawn || b.matches('.failed'))"
-            )
-        return opened_page
-
-    yield open_file
-    for context in contexts:
-        context.close()
+    """Yield a function that opens a file; the pages are closed after the test."""
+    with open_pages(browser) as open_page:
+        yield open_page

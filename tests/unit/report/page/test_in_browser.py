@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,14 +24,16 @@ from peftbench.record import (
     read_records,
     train_peak_bytes,
 )
-from tests.helpers.browser import OpenPage
+from tests.helpers.browser import OpenedPage, OpenPage, open_pages
 from tests.helpers.scores import build_scores
 from tests.helpers.sweeps import mark_others_slow
 from tests.unit.report.page.pages import SHIPPED, load_shipped_records, write_page
 from tests.unit.report.records import build_record
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 SIZES = {"screen": (1440, 900), "tablet": (820, 1180), "phone": (375, 700)}
-FAST_WINDOWS = {("screen", "light"), ("phone", "dark")}
 FAST_WINDOWS = {("screen", "light"), ("phone", "dark")}
 WINDOWS = [
     pytest.param(size, scheme, id=f"{name}-{scheme}", marks=() if (name, scheme) in FAST_WINDOWS else pytest.mark.slow)
@@ -38,6 +41,13 @@ WINDOWS = [
     for scheme in ("light", "dark")
 ]
 """Viewports of a screen, a tablet and a phone."""
+
+
+@pytest.fixture(scope="module")
+def demo_page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenedPage]:
+    """Yield the demo's page at the default size. It is opened once: tests must not change what another one reads."""
+    with open_pages(browser) as open_page:
+        yield open_page(write_page(load_shipped_records("demo"), tmp_path_factory.mktemp("demo")))
 
 
 def header_selector(title: str) -> str:
@@ -76,18 +86,19 @@ def test_chart_colors_follow_the_theme(open_page: OpenPage, tmp_path: Path) -> N
     """Check that chart text has the page's text color in light and dark, and is black in print."""
     path = write_page(load_shipped_records("demo"), tmp_path)
     ink = "getComputedStyle(document.querySelector('.chart svg text')).fill"
-    ink_by_scheme = {scheme: open_page(path, color_scheme=scheme).evaluate(ink) for scheme in ("light", "dark")}
+    page_by_scheme = {scheme: open_page(path, color_scheme=scheme) for scheme in ("light", "dark")}
+    ink_by_scheme = {scheme: page.evaluate(ink) for scheme, page in page_by_scheme.items()}
     assert ink_by_scheme == {"light": "rgb(27, 27, 31)", "dark": "rgb(233, 233, 238)"}
-    printed = open_page(path, color_scheme="dark")
+    printed = page_by_scheme["dark"]
     printed.tab.emulate_media(media="print")
     assert printed.evaluate(ink) == "rgb(0, 0, 0)"
     assert printed.tab.pdf().startswith(b"%PDF")
 
 
-def test_table_sorts_by_value(open_page: OpenPage, tmp_path: Path) -> None:
+def test_table_sorts_by_value(demo_page: OpenedPage) -> None:
     """Check numeric order in both directions, by mouse and by keyboard; unknown values stay last."""
     records = load_shipped_records("demo")
-    page = open_page(write_page(records, tmp_path))
+    page = demo_page
     peaks = {record.name: peak for record in records.values() if (peak := train_peak_bytes(record)) is not None}
     smallest_first = sorted(peaks, key=peaks.__getitem__)
     assert len(smallest_first) == 4
@@ -133,9 +144,9 @@ def test_column_header_shows_its_definition(open_page: OpenPage, tmp_path: Path)
     assert tooltip.get_attribute("id") == described
 
 
-def test_chart_point_shows_its_run(open_page: OpenPage, tmp_path: Path) -> None:
+def test_chart_point_shows_its_run(demo_page: OpenedPage) -> None:
     """Check the tooltip of a mark, and the label of a mark for screen readers."""
-    page = open_page(write_page(load_shipped_records("demo"), tmp_path))
+    page = demo_page
     point = page.tab.locator("#chart-quality-mib svg .mark-symbol.role-mark path[aria-label*='full']").first
     label = point.get_attribute("aria-label")
     assert label is not None
@@ -196,9 +207,9 @@ def test_filter_shows_matching_runs(open_page: OpenPage, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "tex"])
-def test_data_can_be_downloaded(kind: str, open_page: OpenPage, tmp_path: Path) -> None:
+def test_data_can_be_downloaded(kind: str, demo_page: OpenedPage) -> None:
     """Check that a button saves the complete file that the report writes."""
-    page = open_page(write_page(load_shipped_records("demo"), tmp_path))
+    page = demo_page
     with page.tab.expect_download() as download:
         page.tab.click(f"[data-download={kind}]")
     text = Path(download.value.path()).read_text(encoding="utf-8")
@@ -269,11 +280,18 @@ def test_page_without_scripts_has_table_and_notice(open_page: OpenPage, tmp_path
     assert page.tab.locator("noscript").is_visible()
 
 
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
-def test_page_is_accessible(scheme: str, open_page: OpenPage, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suite", "scheme"),
+    [
+        ("demo_budget", "light"),  # the same parts with fewer runs: the checker takes time for each element
+        pytest.param("demo", "light", marks=pytest.mark.slow),
+        pytest.param("demo", "dark", marks=pytest.mark.slow),
+    ],
+)
+def test_page_is_accessible(suite: str, scheme: str, open_page: OpenPage, tmp_path: Path) -> None:
     """Check that axe, a WCAG checker, finds no violation, e.g. in contrast, labels, heading order or roles."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    page = open_page(write_page(load_shipped_records("demo"), tmp_path), color_scheme=scheme, bypass_csp=True)
+    page = open_page(write_page(load_shipped_records(suite), tmp_path), color_scheme=scheme, bypass_csp=True)
     results = axe.Axe().run(page.tab, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "best-practice"]}).response
     assert [(rule["id"], [node["html"][:200] for node in rule["nodes"]][:3]) for rule in results["violations"]] == []
     assert len(results["passes"]) > 20
@@ -327,17 +345,18 @@ def _build_records(count: int) -> dict[Path, RunRecord]:
     return records
 
 
-def test_page_of_1000_runs_sorts_and_filters(open_page: OpenPage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_page_of_many_runs_sorts_and_filters(count: int, open_page: OpenPage, tmp_path: Path) -> None:
     """Check that the page shows curves and summaries of a few runs only, and states their number."""
-    page = open_page(write_page(_build_records(1000), tmp_path))
+    page = open_page(write_page(_build_records(count), tmp_path))
     assert page.console == []
-    assert page.tab.locator("#runs tbody tr").count() == 1000
+    assert page.tab.locator("#runs tbody tr").count() == count
     page.tab.locator(f"{header_selector('model compute (TFLOP)')} button").click()
     page.tab.locator(f"{header_selector('model compute (TFLOP)')} button").click()
-    assert page.tab.locator("#runs tbody tr").first.locator("th").inner_text() == "prompt_tuning-999"
+    assert page.tab.locator("#runs tbody tr").first.locator("th").inner_text() == f"prompt_tuning-{count - 1}"
     page.tab.fill("#filter", "lora-2")
-    assert page.tab.locator("#count").inner_text().endswith("of 1000")
-    assert "24 of 1,000 runs are shown" in page.tab.locator("#losses").inner_text()
+    assert page.tab.locator("#count").inner_text().endswith(f"of {count}")
+    assert f"24 of {count:,} runs are shown" in page.tab.locator("#losses").inner_text()
     assert page.tab.locator(".example tbody tr").count() == 25
 
 
@@ -354,7 +373,10 @@ def test_every_shipped_suite_opens_without_console_messages(name: str, open_page
     assert page.tab.locator("#runs tbody tr").count() == len(read_records(SHIPPED[name]))
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (820, 1180), (375, 700)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(1280, 900), pytest.param(820, 1180, marks=pytest.mark.slow), (375, 700)],
+)
 def test_labels_in_charts_do_not_overlap(width: int, height: int, open_page: OpenPage, tmp_path: Path) -> None:
     """Check the drawn texts of the demo's trade-off charts."""
     page = open_page(write_page(load_shipped_records("demo"), tmp_path), width=width, height=height)
