@@ -24,11 +24,14 @@ from peftbench.distributed.compatibility import Combination
 from peftbench.distributed.engines import ENGINES, EngineKind
 from peftbench.distributed.sharding import full_weights
 from peftbench.methods import METHOD_FAMILIES, METHODS
+from peftbench.methods.base import Method
+from peftbench.methods.peft_kinds import TYPES
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
 from peftbench.run.runner import Run
 from peftbench.tasks.summarization import Summarization
 from peftbench.training.checkpoint import CheckpointManager
+from tests.helpers.peft_types import build_method
 from tests.helpers.short_runs import freeze_imported_objects, use_small_matmul
 from tests.helpers.training import reset_accelerators
 
@@ -68,7 +71,7 @@ def build_recipe(point: Combination, base: str, data: str, folder: Path) -> Reci
         name=point.name,
         output_dir=str(folder / point.engine),
         model=Model(path=base),
-        method=METHODS[METHOD_FAMILIES[point.method][0]](**METHOD_KEYS.get(point.method, {})),
+        method=_build_method(point.method),
         data=Data(
             source=Files(
                 id="id", train=f"{data}/train.jsonl", validation=f"{data}/validation.jsonl", test=f"{data}/test.jsonl"
@@ -82,6 +85,13 @@ def build_recipe(point: Combination, base: str, data: str, folder: Path) -> Reci
         evaluate=Evaluate(metrics=(), max_new_tokens=8, batch_size=3, split="validation"),
         profile=Profile(untimed_steps=2),
     )
+
+
+def _build_method(name: str) -> Method:
+    """Return the method of a type of peft, or the one that represents a family."""
+    if name in TYPES:
+        return build_method(name)
+    return METHODS[METHOD_FAMILIES[name][0]](**METHOD_KEYS.get(name, {}))
 
 
 def describe_dtypes(model: torch.nn.Module) -> str:

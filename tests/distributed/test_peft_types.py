@@ -1,0 +1,64 @@
+"""Every type of peft on two processes: losses equal those of one process, and a stopped run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from peftbench.distributed.compatibility import Combination
+from peftbench.record import RunRecord, read_record
+from tests.distributed.battery import RESUMED
+from tests.helpers.engines import launch_battery
+from tests.helpers.peft_types import ALL_TYPES
+
+ENGINES_OF_TYPES = ("ddp", "zero2")
+DEPENDS_ON_BATCH = {"LILY"}
+"""Its outputs depend on the rows of a batch, which processes divide."""
+DRAWS_NOISE = {"PVERA", "SHADOW"}
+"""They draw random numbers in each forward pass, which differ between processes."""
+
+FindRun = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def find_run(folders: tuple[Path, Path, Path]) -> FindRun:
+    """Return a function from an engine and a type to the folder of the run; an engine runs all types once."""
+    launched: set[str] = set()
+
+    def find(engine: str, name: str) -> Path:
+        if engine not in launched:
+            launched.add(engine)
+            launch_battery(engine, [Combination(one, engine, "adamw", "fp32") for one in ALL_TYPES], *folders)
+        return folders[0] / engine / f"{name}-adamw-fp32"
+
+    return find
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Return the record of a run that ended as ok."""
+    traceback = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*-refused.txt")))
+    assert not traceback, traceback
+    record = read_record(folder / "record.json")
+    assert record.outcome.kind == "ok"
+    return record
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ALL_TYPES)
+@pytest.mark.parametrize("engine", ENGINES_OF_TYPES)
+def test_two_processes_match_one(engine: str, name: str, find_run: FindRun) -> None:
+    """Losses of all steps and of the evaluation; the stopped and resumed run repeats those of the undisturbed one."""
+    single, two = read_run(find_run("single", name)), read_run(find_run(engine, name))
+    assert two.device.num_processes == 2
+    assert two.parameters == single.parameters
+    if name not in DEPENDS_ON_BATCH | DRAWS_NOISE:
+        assert two.step_losses == pytest.approx(single.step_losses, rel=1e-3)
+    for record, folder in ((single, find_run("single", name)), (two, find_run(engine, name))):
+        resumed = read_run(folder.with_name(f"{folder.name}{RESUMED}"))
+        assert resumed.resumed_after
+        exact = record is single
+        assert resumed.step_losses == (record.step_losses if exact else pytest.approx(record.step_losses, rel=1e-5))
