@@ -67,11 +67,11 @@ def test_expression_matches_full_names(tokenizer: PreTrainedTokenizerBase) -> No
         ("attn", r"write \.\*\(attn\)\.\* to match a part"),
     ],
 )
-def test_expression_without_a_match_is_refused(train: str, message: str) -> None:
+def test_expression_without_a_match_is_refused(train: str, message: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """The message has the nearest name, one name for all blocks, or the expression that matches a part of a name."""
     base = meta_base(gpt2_config())
     method = Select(train=train)
-    for action in (method.trainable_parameters, method.list_notes, lambda base: method.apply(base, None)):
+    for action in (method.trainable_parameters, method.list_notes, lambda base: method.apply(base, tokenizer)):
         with pytest.raises(TargetModulesError, match=rf"'{train}' matches no full name of a parameter.*{message}"):
             action(base)
     assert all(parameter.requires_grad for parameter in base.parameters())  # the model is unchanged
