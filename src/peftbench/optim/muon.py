@@ -25,7 +25,8 @@ class Muon(AdamLike):
     """Muon (Jordan et al. 2024) of torch for hidden matrices; AdamW for embeddings, output head, norms and biases.
 
     With ``adjust_lr_fn=match_rms_adamw`` an update has the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that
-    learning rate and weight decay are in AdamW's range. ``betas`` and ``eps`` are AdamW's.
+    learning rate and weight decay are in AdamW's range. ``betas`` and ``eps`` are AdamW's. With ``original`` the rows
+    are outputs in a Linear layer, and inputs in GPT-2's Conv1D.
     """
 
     is_fused: ClassVar[bool] = True

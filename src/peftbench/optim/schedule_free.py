@@ -53,6 +53,9 @@ class ScheduleFree(AdamLike):
         optimizer.train()  # type: ignore[attr-defined]
         return optimizer
 
+    def list_notes(self, _param_groups: Sequence[dict[str, Any]]) -> list[str]:
+        return ["training losses are those of the interpolated weights; the average is evaluated and saved"]
+
     def set_evaluation(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.eval()  # type: ignore[attr-defined]
 

@@ -66,6 +66,7 @@ def test_evaluation_during_training_changes_nothing(workshop: Workshop) -> None:
         load_file(workshop.output / name / "model" / "adapter_model.safetensors") for name in ("plain", "evaluated")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert "training losses are those of the interpolated weights; the average is evaluated and saved" in record.notes
     assert record.held_out_curve is not None
     assert record.quality is not None
     assert record.held_out_curve.points[-1].loss == pytest.approx(record.quality.loss, rel=1e-6)
