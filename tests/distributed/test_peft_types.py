@@ -16,8 +16,8 @@ from tests.helpers.peft_types import ALL_TYPES
 ENGINES_OF_TYPES = ("ddp", "zero2")
 DEPENDS_ON_BATCH = {"LILY"}
 """Its outputs depend on the rows of a batch, which processes divide."""
-DRAWS_NOISE = {"PVERA", "SHADOW"}
-"""They draw random numbers in each forward pass, which differ between processes."""
+DRAWS_NOISE = {"PVERA"}
+"""It draws random numbers in each forward pass, which differ between processes."""
 
 FindRun = Callable[[str, str], Path]
 

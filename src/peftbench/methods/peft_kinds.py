@@ -70,7 +70,6 @@ PRESETS: dict[str, Preset] = {
     "randlora": Preset("RANDLORA", (1e-4, 1e-4), _BOARD),
     "road": Preset("ROAD", (1e-3, 1e-3), _BOARD),
     "rslora": _lora((1e-4, 1e-4), _BOARD, use_rslora=True),
-    "shadow": Preset("SHADOW"),
     "shira": Preset("SHIRA", (3e-4, 3e-4), _BOARD),
     "supertuning": Preset("SUPERTUNING"),
     "tinylora": Preset("TINYLORA", (1e-3, 1e-3), _BOARD),
@@ -88,6 +87,7 @@ REFUSED_TYPES: Mapping[str, str] = {
     "CPT": "its token ids and masks belong to one prompt",
     "MULTITASK_PROMPT_TUNING": "it needs the task of each example",
     "POLY": "it needs the task of each example",
+    "SHADOW": "a loss of its own trains a part of it",
     "XLORA": "it mixes adapters that are already trained",
 }
 """Types that need more than a base model and examples, and the reason."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 """peft's name for every linear layer except the output head."""
-_OTHER_TARGETS = frozenset({"ADAPTION_PROMPT", "LN_TUNING", "SHADOW", "TRAINABLE_TOKENS"})
+_OTHER_TARGETS = frozenset({"ADAPTION_PROMPT", "LN_TUNING", "TRAINABLE_TOKENS"})
 """Types whose targets are other modules than linear layers."""
 
 
@@ -97,6 +97,12 @@ class PeftMethod(Method):
         return _targets[key]
 
     def _find_targets(self, base: PreTrainedModel) -> Targets:
+        import torch
+
+        with torch.random.fork_rng(devices=[]):  # the method's own initial values must not depend on this search
+            return self._search_targets(base)
+
+    def _search_targets(self, base: PreTrainedModel) -> Targets:
         given = getattr(self, "target_modules", None)
         choices = [given]
         if given is None and "target_modules" in self.config_fields and self.peft_type not in _OTHER_TARGETS:

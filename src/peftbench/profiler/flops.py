@@ -294,7 +294,7 @@ class _MatmulTracer(TorchFunctionMode):
 
     def _find_matmuls(self, func: Any, name: str, args: Any, kwargs: Any) -> list[MatmulCost]:
         builders: dict[str, Callable[..., MatmulCost]] = {
-            "linear": lambda inputs, weight, *_, **__: self._build_linear_cost(inputs, weight, weight.shape[1]),
+            "linear": lambda input, weight, *_, **__: self._build_linear_cost(input, weight, weight.shape[1]),
             "addmm": lambda _, inputs, weight, **__: self._build_linear_cost(inputs, weight, weight.shape[0]),
             "scaled_dot_product_attention": self._build_attention_cost,
             **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm"), self._build_matmul_cost),

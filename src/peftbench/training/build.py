@@ -405,6 +405,10 @@ def _count_flops(
     method = recipe.method
     method.set_training(adapted_model.model)
     model, base = adapted_model.model, adapted_model.base.model
+    trial = try_method(method, base.config)
+    if trial.flops_problem is not None:
+        reason = f"FLOPs have no closed form ({trial.flops_problem})"
+        return None, reason, trial.flops_are_counted and not recipe.train.compile
     try:
         with (
             context.autocast(),

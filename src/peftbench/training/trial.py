@@ -24,6 +24,8 @@ from peftbench.errors import UnsupportedModelError
 from peftbench.methods.small_copy import build_small_copy, identify
 from peftbench.modeling.loading import load_config
 from peftbench.modeling.loss import CausalLMLoss, build_loss
+from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +56,10 @@ class Trial:
     checkpointing_problem: str | None = None
     merging_problem: str | None = None
     saving_problem: str | None = None
+    flops_problem: str | None = None
+    """Reason for which its FLOPs have no closed form."""
+    flops_are_counted: bool = True
+    """True if a count of a step's FLOPs has all of them."""
     meta_problem: str | None = None
     """Reason for which it cannot be applied without values, i.e. planned."""
 
@@ -157,6 +163,7 @@ def _try(method: Method, config: PreTrainedConfig) -> Trial:
     with _FunctionNames() as called:
         subject = _apply(base, method)
     trained = {name: parameter for name, parameter in subject.model.named_parameters() if parameter.requires_grad}
+    _check_gradients(subject, batch, trained)
     num_trained = sum(parameter.numel() for parameter in trained.values())
     start = _compute_losses(subject, batch, use_masks=True)
     _add_noise(trained)
@@ -177,6 +184,8 @@ def _try(method: Method, config: PreTrainedConfig) -> Trial:
         checkpointing_problem=_find_problem(lambda: _check_checkpointing(subject, batch)),
         saving_problem=_find_problem(lambda: _check_saving(subject, config, batch, moved, effect)),
         merging_problem=_find_problem(lambda: _check_merging(subject, batch, moved, effect)),
+        flops_problem=(flops_problem := _find_problem(lambda: _check_flops(subject))),
+        flops_are_counted=not (flops_problem or "").startswith(_UNKNOWN_PRODUCT),
         meta_problem=_find_problem(lambda: _check_meta(method, config, called.names)),
     )
 
@@ -287,6 +296,49 @@ def _check_merging(subject: _Subject, batch: MicroBatch, expected: torch.Tensor,
     return "the merged weights give other outputs" if _differ(expected, losses, effect) else None
 
 
+def _check_gradients(subject: _Subject, batch: MicroBatch, trained: dict[str, nn.Parameter]) -> None:
+    """Check that the loss depends on everything that is trained.
+
+    Raises:
+        UnsupportedModelError: it does not depend on a parameter, which an engine would wait for.
+    """
+    loss = subject.build_loss(use_masks=True)
+    subject.method.set_training(subject.model)
+    with loss.attention_context():
+        gradients = torch.autograd.grad(loss(subject.model, batch), list(trained.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+    if unused:
+        raise UnsupportedModelError(
+            f"method.kind={subject.method.kind} trains parameters that the loss does not depend on in "
+            f"{subject.base.config.model_type}, e.g. {unused[0]}; use another method"
+        )
+
+
+def _check_flops(subject: _Subject) -> str | None:
+    """Compare the closed form of a step's FLOPs with a count."""
+    loss, method = subject.build_loss(use_masks=True), subject.method
+    batch = _build_batch(subject.base, method, rows=slice(1))
+    units = Collator(0, method.virtual_tokens).hardware_flop_units(batch)
+    method.set_training(subject.model)
+    with loss.attention_context():
+        try:
+            cost = count_flops(
+                subject.model,
+                subject.base,
+                virtual_tokens=method.virtual_tokens,
+                gradient_checkpointing=False,
+                computes_all_logits=True,
+            )
+        except UnsupportedFlopsError as error:
+            return str(error)
+        with FlopCounter() as counter:
+            loss(subject.model, batch).backward()
+    subject.model.zero_grad()
+    if counter.total_flops == cost.compute_hardware_flops(units):
+        return None
+    return "a function of the method computes its own backward pass"
+
+
 def _check_meta(method: Method, config: PreTrainedConfig, called: set[str]) -> str | None:
     """``called`` are the names of the functions that the method calls when it is applied, and in a forward pass."""
     for name in called & _UNPLANNED_FUNCTIONS.keys():
@@ -295,6 +347,8 @@ def _check_meta(method: Method, config: PreTrainedConfig, called: set[str]) -> s
     return None
 
 
+_UNKNOWN_PRODUCT = "unknown matrix product"
+"""Beginning of the error for a product that a count of dispatched products lacks too."""
 _UNPLANNED_FUNCTIONS = {
     "linalg_solve": "it solves linear systems, and the buffers of solvers are not modeled",
     "linalg_svd": "it decomposes weights, and the layout of the factors in memory is not modeled",

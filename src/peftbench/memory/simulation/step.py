@@ -311,6 +311,8 @@ class MemorySimulation:
 
     def step_flops(self, batch_size: int, sequence_length: int, labeled_tokens: int) -> int | None:
         """Return the FLOPs of a batch of (batch_size, sequence_length) tokens, or None if unknown."""
+        if try_method(self.recipe.method, self.loaded_model.model.config).flops_problem is not None:
+            return None
         flop_units = self.collator.hardware_flop_units(
             self._build_micro_batch(batch_size, sequence_length, labeled_tokens)
         )
