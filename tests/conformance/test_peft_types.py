@@ -31,7 +31,6 @@ NOT_PLANNED = {"ADAMSS", "BOFT", "FROD", "OSF", "PSOFT", "SHIRA", "TINYLORA", "V
 COUNTED = PREFIXES | {
     "ADAPTION_PROMPT",
     "C3A",
-    "GLORA",
     "GRALORA",
     "HRA",
     "LILY",
@@ -100,7 +99,8 @@ def test_trial_finds_what_a_type_does(name: str, family: str) -> None:
     has_biases = family in {"gpt2", "gpt_neox"}
     assert bool(trial.merging_problem) == (name in NOT_MERGED and not (name == "BEFT" and has_biases))
     assert trial.changes_start <= (name in CHANGES_START)
-    assert bool(trial.flops_problem) == (name in COUNTED | UNCOUNTED), trial.flops_problem
+    is_counted = name in COUNTED | UNCOUNTED or (name == "GLORA" and has_biases)
+    assert bool(trial.flops_problem) == is_counted, trial.flops_problem
     assert trial.flops_are_counted == (name not in UNCOUNTED)
     assert bool(trial.meta_problem) <= (name in NOT_PLANNED), trial.meta_problem
 
