@@ -48,7 +48,9 @@ prose: .venv/installed
 # Generates the numbers in README.md and docs/ from committed records.
 readme: .venv/installed
 	$(BIN)/peftbench report docs/results/demo --update-file README.md --marker demo
+	$(BIN)/peftbench report docs/results/demo_libraries --update-file README.md --marker libraries
 	$(BIN)/peftbench report docs/results/demo_budget --update-file README.md --marker budget
+	$(BIN)/peftbench report docs/results/methods --update-file docs/results/methods.md --marker methods
 	$(BIN)/peftbench report docs/results/demo_seeds --update-file docs/results/README.md --marker seeds
 	$(BIN)/peftbench report docs/results/demo_rates --update-file docs/results/README.md --marker rates --group-by optimizer.learning_rate
 	$(BIN)/peftbench estimate recipes/gpt2_cnn_dm/full.yaml train.precision=fp32 --device t4 --update-file docs/concepts/memory.md --marker plan

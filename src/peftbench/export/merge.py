@@ -42,7 +42,7 @@ def check_mergeable(run: RunBase, recipe: Recipe) -> None:
     Raises:
         MergeError: it did not.
     """
-    if run.has_adapter and not recipe.method.merges_into_base:
+    if run.has_adapter and not run.merges_into_base:
         raise MergeError(
             f"{run.folder} is a run of {run.method}, whose trained part cannot be merged into the base model",
             "export it without --merge, and load it with peft",
@@ -132,7 +132,7 @@ def _merge(
     recipe.method.load(adapted, run.model_dir)
     reference = compute_logits(adapted, texts)
     try:
-        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        merged = recipe.method.merge(adapted)
     except (ValueError, NotImplementedError) as error:  # NaN in a weight, or a layer that peft cannot merge
         raise MergeError(
             f"peft cannot merge the adapter of {run.folder}: {error}", "export it without --merge"

@@ -174,6 +174,15 @@ class Method(ConfigSection):
                 "train again",
             )
 
+    def merge(self, model: nn.Module) -> PreTrainedModel:
+        """Return the base model with what is trained merged into its weights.
+
+        Raises:
+            ValueError, NotImplementedError: a weight is not finite, or peft cannot merge a layer.
+        """
+        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        return merged
+
     @property
     def num_shots(self) -> int:
         """Number of training examples before each prompt of an evaluation."""

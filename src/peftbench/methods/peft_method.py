@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from unittest.mock import patch
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from peftbench.common.text import first_line
 from peftbench.errors import UnsupportedModelError
 from peftbench.methods.base import Method
-from peftbench.methods.linear_layers import has_conv1d, replace_conv1d
-from peftbench.methods.small_copy import build_small_copy, identify
+from peftbench.methods.linear_layers import has_conv1d, replace_conv1d, restore_conv1d
+from peftbench.methods.small_copy import CopySize, build_small_copy, identify
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ALL_LINEAR = "all-linear"
 """peft's name for every linear layer except the output head."""
@@ -32,10 +33,14 @@ _OTHER_TARGETS = frozenset({"ADAPTION_PROMPT", "LN_TUNING", "TRAINABLE_TOKENS"})
 class Targets(NamedTuple):
     """Modules that a method adapts in an architecture."""
 
-    modules: str | list[str] | None
-    """Names, suffixes or an expression, as peft takes them; None for a type without such a key."""
+    modules: str | tuple[str, ...] | None
+    """Value of peft's ``target_modules``; None: peft's for the family, or a type without this key."""
     needs_linear: bool
     """True if Conv1D layers must be replaced by Linear layers first."""
+    copy_size: CopySize
+    """Size of the copy on which the method could be applied."""
+    used: str | tuple[str, ...] | None
+    """Names or expression that peft uses."""
 
 
 _targets: dict[tuple[str, str], Targets] = {}
@@ -51,8 +56,32 @@ class PeftMethod(Method):
     family: ClassVar[str] = "lora"  # it adds trained parameters to a frozen model, as LoRA does
     peft_type: ClassVar[str]
     """Name of the type in peft's ``PeftType``."""
+    adapts_quantized: ClassVar[bool]
+    """True if peft adapts a base model that bitsandbytes quantizes."""
     config_fields: ClassVar[tuple[str, ...]]
     """Names of the keys that are fields of peft's config class."""
+
+    @property
+    def trains_loaded_weights(self) -> bool:
+        return getattr(self, "bias", "none") != "none" or bool(getattr(self, "modules_to_save", None))
+
+    @field_validator("target_modules", "exclude_modules", check_fields=False)
+    @classmethod
+    def _check_expression(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"invalid regular expression ({error}); write [{value}] for a suffix") from error
+        return value
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if getattr(self, "layers_to_transform", None) is None or getattr(self, "target_modules", None) != ALL_LINEAR:
+            return self
+        raise ValueError(
+            "peft ignores layers_to_transform with target_modules=all-linear; name the modules, e.g. [q_proj, v_proj]"
+        )
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Count what is trained on a copy of ``base``, to which the method is applied."""
@@ -61,73 +90,96 @@ class PeftMethod(Method):
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
         """Add the method's parameters to ``base``; replace Conv1D layers first where the type needs Linear."""
-        targets = self.resolve_targets(base)
-        if targets.needs_linear:
-            replace_conv1d(base)
-        model = self._add_adapter(base, targets.modules)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise self._trains_nothing(base)
-        return model
+        targets = self.resolve_targets(base.config)
+        replaced = replace_conv1d(base) if targets.needs_linear else []
+        model: Any = self._add_adapter(base, targets.modules)
+        model.conv1d_names = replaced
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise self._trains_nothing(base.config)
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        return model  # type: ignore[no-any-return]
+
+    def merge(self, model: nn.Module) -> PreTrainedModel:
+        merged = super().merge(model)
+        restore_conv1d(merged, model.conv1d_names)  # type: ignore[arg-type]
+        return merged
 
     def list_notes(self, base: PreTrainedModel) -> list[str]:
         """Return notes on the modules that are adapted and on layers that are replaced."""
-        targets = self.resolve_targets(base)
+        targets = self.resolve_targets(base.config)
         notes = []
         if targets.needs_linear:
             notes.append(
                 "Conv1D layers are replaced by Linear layers with the same values, since peft's "
                 f"{self.peft_type} adapts only these; the saved adapter loads into a model with Linear layers"
             )
-        if targets.modules is not None and getattr(self, "target_modules", None) is None:
-            names = targets.modules if isinstance(targets.modules, str) else ", ".join(sorted(targets.modules))
+        if targets.used and getattr(self, "target_modules", None) is None:
+            names = targets.used if isinstance(targets.used, str) else ", ".join(targets.used)
             notes.append(f"method.target_modules is {names}")
         return notes
 
-    def resolve_targets(self, base: PreTrainedModel) -> Targets:
-        """Return the modules to adapt, and whether they must be Linear; found on a small copy of ``base``.
+    def resolve_targets(self, config: PreTrainedConfig) -> Targets:
+        """Return the modules to adapt in an architecture, and whether they must be Linear; found on a copy of it.
 
         The modules are the recipe's, else peft's for this family, else all that the type can adapt.
 
         Raises:
             UnsupportedModelError: the method cannot be applied.
         """
-        key = (self.model_dump_json(), identify(base.config))
-        if key not in _targets:
-            _targets[key] = self._find_targets(base)
-        return _targets[key]
-
-    def _find_targets(self, base: PreTrainedModel) -> Targets:
         import torch
 
-        with torch.random.fork_rng(devices=[]):  # the method's own initial values must not depend on this search
-            return self._search_targets(base)
+        key = (self.model_dump_json(), identify(config))
+        if key not in _targets:
+            with torch.random.fork_rng():  # the method's own initial values must not depend on this search
+                _targets[key] = self._find_targets(config)
+        return _targets[key]
 
-    def _search_targets(self, base: PreTrainedModel) -> Targets:
-        given = getattr(self, "target_modules", None)
-        choices = [given]
-        if given is None and "target_modules" in self.config_fields and self.peft_type not in _OTHER_TARGETS:
-            choices.append(ALL_LINEAR)
-        elif given is None and self.peft_type == "LN_TUNING":
-            choices.append(tuple(_list_norm_names(base)))
+    def _list_copy_sizes(self) -> list[CopySize]:
+        """Return sizes of copies to try: the smallest on which the recipe's keys have a meaning, then a wider one."""
+        names_layers = getattr(self, "layers_to_transform", None) is not None or getattr(self, "adapter_layers", 0) > 2
+        patterns = (getattr(self, name, None) for name in ("target_modules", "exclude_modules"))
+        names_layers |= any(isinstance(one, str) and one != ALL_LINEAR for one in patterns)
+        vocabulary = max((512, *(index + 1 for index in self.tried_tokens)))
+        if names_layers:
+            return [CopySize(None, 256, vocabulary), CopySize(None, None, vocabulary)]
+        return [CopySize(vocabulary=vocabulary), CopySize(max_width=None, vocabulary=vocabulary)]
+
+    @property
+    def tried_tokens(self) -> tuple[int, ...]:
+        """Tokens that a trial must contain: those that the recipe names."""
+        indices = getattr(self, "token_indices", ())
+        return tuple(indices) if isinstance(indices, (list, tuple)) else ()
+
+    def _find_targets(self, config: PreTrainedConfig) -> Targets:
         error: UnsupportedModelError | None = None
-        for needs_linear in (False, True) if has_conv1d(base) else (False,):
-            for modules in choices:
-                small = build_small_copy(base.config)
-                if needs_linear:
-                    replace_conv1d(small)
-                try:
-                    model: Any = self._add_adapter(small, modules)
-                except UnsupportedModelError as refusal:
-                    error = refusal
-                    continue
-                if any(parameter.requires_grad for parameter in model.parameters()):
-                    used = getattr(model.active_peft_config, "target_modules", None)
-                    return Targets(sorted(used) if isinstance(used, set) else used, needs_linear)
-        raise error or self._trains_nothing(base)
+        for size in self._list_copy_sizes():
+            small = build_small_copy(config, size)
+            given = getattr(self, "target_modules", None)
+            choices: list[Any] = [given]
+            if given is None and "target_modules" in self.config_fields and self.peft_type not in _OTHER_TARGETS:
+                choices.append(ALL_LINEAR)
+            elif given is None and self.peft_type == "LN_TUNING":
+                choices.append(tuple(_list_norm_names(small)))
+            for needs_linear in (False, True) if has_conv1d(small) else (False,):
+                for choice in choices:
+                    base = build_small_copy(config, size)
+                    if needs_linear:
+                        replace_conv1d(base)
+                    try:
+                        model: Any = self._add_adapter(base, choice)
+                    except UnsupportedModelError as refusal:
+                        error = error or refusal
+                        continue
+                    if any(parameter.requires_grad for parameter in model.parameters()):
+                        used = choice or getattr(model.active_peft_config, "target_modules", None)
+                        return Targets(choice, needs_linear, size, used if isinstance(used, str) else _sort(used))
+        raise error or self._trains_nothing(config)
 
-    def _trains_nothing(self, base: PreTrainedModel) -> UnsupportedModelError:
+    def _trains_nothing(self, config: PreTrainedConfig) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"method.kind={self.kind} trains nothing in {base.config.model_type}; set method.target_modules, or use "
+            f"method.kind={self.kind} trains nothing in {config.model_type}; set method.target_modules, or use "
             "another method"
         )
 
@@ -154,7 +206,7 @@ class PeftMethod(Method):
             warnings.simplefilter("ignore")
             try:
                 return get_peft_model(base, self.build_config(base, modules))
-            except _PEFT_ERRORS as error:
+            except Exception as error:
                 raise UnsupportedModelError(
                     f"method.kind={self.kind} cannot be applied to {base.config.model_type}: {first_line(error)}"
                 ) from error
@@ -178,8 +230,10 @@ class PeftLora(PeftMethod):
 
 _DATA_INITS = ("corda", "eva", "loftq", "lora_ga")
 """Initial values of LoRA that are computed from data, or with a quantized base; without that they are the default."""
-_PEFT_ERRORS = (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, LookupError)
-"""Errors of peft for a config or a layer that a type does not support."""
+
+
+def _sort(names: Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(sorted(names))
 
 
 def _list_norm_names(base: PreTrainedModel) -> list[str]:

@@ -62,7 +62,9 @@ def _build_default(field: dataclasses.Field[Any]) -> Any:
     if field.name in _REPLACED_DEFAULTS:
         return Field(default=_REPLACED_DEFAULTS[field.name], description=description)
     if field.default_factory is not dataclasses.MISSING:
-        return Field(default_factory=field.default_factory, description=description)
+        made = field.default_factory()
+        factory = tuple if isinstance(made, list) else field.default_factory  # lists of recipes are tuples
+        return Field(default_factory=factory, description=description)
     default = None if field.default is dataclasses.MISSING else field.default
     return Field(default=default, description=description)
 

@@ -5,38 +5,57 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftbench.common.text import first_line
+from peftbench.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NUM_LAYERS = 2
-_VOCABULARY = 512
-_MAX_WIDTH = 1024
+_MAX_EXPERTS = 8
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "intermediate_size", "num_attention_heads", "n_head", "num_key_value_heads")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def build_small_copy(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
-    """Return a model with two layers and a small vocabulary, with random float32 weights on the CPU.
+class CopySize(NamedTuple):
+    """Size of a copy of an architecture."""
 
-    Widths are those of the architecture; a width above 1,024 is divided where the config allows it. The global random
-    state is not changed.
+    num_layers: int | None = NUM_LAYERS
+    """None: as many as the architecture has."""
+    max_width: int | None = 1024
+    """A larger width is divided where the config allows it; None: widths are those of the architecture."""
+    vocabulary: int = 512
+    """Tokens, if the architecture has more."""
+
+
+DEFAULT_SIZE = CopySize()
+
+
+def build_small_copy(config: PreTrainedConfig, size: CopySize = DEFAULT_SIZE) -> PreTrainedModel:
+    """Return a small model of the architecture with random float32 weights on the CPU.
+
+    The global random state is not changed.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build it.
     """
     import torch
 
-    full = _reduce(config, factor=1)
+    full = _reduce(config, size, factor=1)
     width = max(int(getattr(full, name, 0) or 0) for name in ("hidden_size", "n_embd"))
     factor = 1
-    while width // factor > _MAX_WIDTH:
+    while size.max_width is not None and width // factor > size.max_width:
         factor *= 2
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(), torch.device("cpu"):
         torch.manual_seed(0)
         if factor > 1:
-            with suppress(ValueError, RuntimeError, AssertionError):  # widths that the architecture ties together
-                return _build(_reduce(config, factor), attention)
-        return _build(full, attention)
+            with suppress(UnsupportedModelError):  # widths that the architecture ties together
+                return _build(_reduce(config, size, factor))
+        return _build(full)
 
 
 def identify(config: PreTrainedConfig) -> str:
@@ -46,27 +65,42 @@ def identify(config: PreTrainedConfig) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
-def _build(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+def _build(config: PreTrainedConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention, dtype=torch.float32
+    # The recipe has already allowed a config class from the model's folder.
+    has_own_code = type(config).__module__.startswith("transformers_modules")
+    error = Exception("no attention implementation fits")
+    for attention in ("sdpa", "eager"):
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=has_own_code
+            )
+        except Exception as refusal:  # any code of an architecture
+            error = refusal
+            continue
+        model.eval()
+        return model
+    raise UnsupportedModelError(
+        f"a small copy of {config.model_type}, on which a method is tried, cannot be built: {first_line(error)}; "
+        "use method.kind=lora, prompt_tuning or full, which are not tried"
     )
-    model.eval()
-    return model
 
 
-def _reduce(config: PreTrainedConfig, factor: int) -> PreTrainedConfig:
-    """Return a copy of the config with two layers, a small vocabulary, and widths divided by ``factor``."""
+def _reduce(config: PreTrainedConfig, size: CopySize, factor: int) -> PreTrainedConfig:
+    """Return a copy of the config with fewer layers, tokens and experts, and with widths divided by ``factor``."""
     reduced = copy.deepcopy(config)
-    for name in _LAYER_COUNTS:
-        _lower(reduced, name, NUM_LAYERS)
-    layer_types = getattr(reduced, "layer_types", None)
-    if layer_types:
-        kinds = list(dict.fromkeys(layer_types))[:NUM_LAYERS]  # one layer of each kind
-        reduced.layer_types = (kinds * NUM_LAYERS)[:NUM_LAYERS]
-    _lower(reduced, "vocab_size", _VOCABULARY)
+    if size.num_layers is not None:
+        for name in _LAYER_COUNTS:
+            _lower(reduced, name, size.num_layers)
+        layer_types = getattr(reduced, "layer_types", None)
+        if layer_types:
+            kinds = list(dict.fromkeys(layer_types))[: size.num_layers]  # one layer of each kind
+            reduced.layer_types = (kinds * size.num_layers)[: size.num_layers]
+    _lower(reduced, "vocab_size", size.vocabulary)
+    for name in _EXPERT_COUNTS:
+        _lower(reduced, name, _MAX_EXPERTS)
     for name in _TOKEN_IDS:
         value: Any = getattr(reduced, name, None)
         if isinstance(value, int) and value >= reduced.vocab_size:

@@ -25,6 +25,8 @@ from peftbench.run_dir.saved_model import has_model_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from peftbench.methods.base import Method
+
 _MERGED_COPY = "write a whole model with peftbench export {run} --merge, and set model.path to that folder"
 
 
@@ -49,6 +51,26 @@ class RunBase:
     def method(self) -> str:
         """Kind of the run's method."""
         return str(self.record.recipe["method"]["kind"])
+
+    @property
+    def merges_into_base(self) -> bool:
+        """True if the run's adapter can be merged into its base, as its record states or its method implies."""
+        saved = self.record.saved_model
+        if saved is not None and saved.merges_into_base is not None:
+            return saved.merges_into_base
+        return self.build_method().merges_into_base
+
+    def build_method(self) -> Method:
+        """Return the run's method.
+
+        Raises:
+            RecordError: the record does not describe one that this version knows.
+        """
+        values = self.record.recipe["method"]
+        try:
+            return METHOD_KINDS[self.method].select_section(values).model_validate(values)
+        except ValueError as error:
+            raise RecordError(f"the method of the run {self.folder} is invalid", "train it again") from error
 
     def select_weights(self, model_config: Model) -> Model:
         """Return ``model_config`` with the place of the weights: the whole model, or the adapter's base.
@@ -84,7 +106,7 @@ class RunBase:
             )
         if not self.has_adapter:
             return
-        if not METHOD_KINDS[self.method].merges_into_base:
+        if not self.merges_into_base:
             base = self.record.recipe.get("model", {}).get("path")
             raise MergeError(
                 f"{self.folder} is a run of {self.method}, whose trained part cannot be merged into its base",
@@ -194,15 +216,27 @@ def _check_lineage(run: RunBase, seen: list[Path]) -> None:
 
 def merge_adapter(model: PreTrainedModel, run: RunBase) -> PreTrainedModel:
     """Return ``model`` with the run's adapter merged into its weights; all of them can be trained again."""
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(model, str(run.model_dir))
-    merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
+    merged = _merge_tried(model, run) if run.build_method().needs_trial else _merge_with_peft(model, run)
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
     return merged
+
+
+def _merge_with_peft(model: PreTrainedModel, run: RunBase) -> PreTrainedModel:
+    from peft import PeftModel
+
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, str(run.model_dir)).merge_and_unload()  # type: ignore[operator]
+    return merged
+
+
+def _merge_tried(model: PreTrainedModel, run: RunBase) -> PreTrainedModel:
+    """Merge an adapter for which layers of the model may have to be replaced first."""
+    method = run.build_method()
+    adapted = method.apply(model, None)  # type: ignore[arg-type] # types that are tried need no tokenizer
+    method.load(adapted, run.model_dir)
+    return method.merge(adapted)
 
 
 def name_by_run(model: PreTrainedModel, run: RunBase) -> None:

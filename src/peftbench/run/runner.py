@@ -169,8 +169,10 @@ class Run:
             delete_saved_model(state)
             return
         trained_dir = self._find_trained_model()
+        if recipe.method.needs_trial:
+            with probe.phase("try"):
+                check_method(recipe)
         with probe.phase("load"):
-            check_method(recipe)
             base_model = load_base_model(recipe) if trained_dir is None else load_trained_base(state, trained_dir)
         with probe.phase("build"):
             encoder = build_encoder(recipe, base_model)

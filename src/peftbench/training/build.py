@@ -152,17 +152,17 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     """
     trial = try_method(recipe.method, base.model.config)
     trial.check(recipe)
-    set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
     notes = [*base.notes, *recipe.method.list_notes(base.model), *trial.list_notes(recipe), *describe_rate(recipe)]
     notes += _list_precision_notes(recipe, base)
-    values_before = {id(tensor): tensor.numel() for tensor in _list_tensors(base.model)}
+    tensors_before = {id(tensor): tensor for tensor in _list_tensors(base.model)}
+    set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     model = recipe.method.apply(base.model, base.tokenizer)
     convert_frozen_weights(base.model, TORCH_DTYPES[recipe.frozen_dtype])
     parameters = ParameterCounts(
         total=total,
         trainable=_count_trained(recipe, base, model),
-        added_frozen=_count_added(model, values_before),
+        added_frozen=_count_added(model, tensors_before),
     )
     checkpointing = _enable_checkpointing(recipe, base, notes)
     if recipe.optimizer.weight_dtype == "bf16":
@@ -238,15 +238,16 @@ def _list_tensors(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _count_added(model: nn.Module, values_before: Mapping[int, int]) -> int:
+def _count_added(model: nn.Module, tensors_before: Mapping[int, torch.Tensor]) -> int:
     """Return the number of scalars that a method added and does not train.
 
-    ``values_before`` are the sizes of the base model's tensors by identity. A tensor that replaces one of them, e.g.
-    its transpose, is not added.
+    ``tensors_before`` are the base model's tensors by identity. A tensor that replaces one of them, e.g. its
+    transpose, is not added.
     """
     tensors = {id(tensor): tensor for tensor in _list_tensors(model)}
-    new_trained = sum(t.numel() for key, t in tensors.items() if t.requires_grad and key not in values_before)
-    return sum(t.numel() for t in tensors.values()) - sum(values_before.values()) - new_trained
+    new_trained = sum(t.numel() for key, t in tensors.items() if t.requires_grad and key not in tensors_before)
+    before = sum(t.numel() for t in tensors_before.values())
+    return sum(t.numel() for t in tensors.values()) - before - new_trained
 
 
 def describe_rate(recipe: Recipe) -> list[str]:

@@ -21,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 from peftbench.common.text import first_line
 from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator
 from peftbench.errors import UnsupportedModelError
-from peftbench.methods.small_copy import build_small_copy, identify
+from peftbench.methods.small_copy import CopySize, build_small_copy, identify
 from peftbench.modeling.loading import load_config
 from peftbench.modeling.loss import CausalLMLoss, build_loss
 from peftbench.profiler.flop_counter import FlopCounter
-from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
+from peftbench.profiler.flops import NonLinearFlopsError, UnsupportedFlopsError, count_flops
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +48,8 @@ class Trial:
     trainable_parameters: int = 0
     added_parameters: int = 0
     """Numbers that the method adds and does not train: frozen parameters and buffers."""
+    adapts_quantized: bool = True
+    """True if peft adapts a quantized base model with this method."""
     changes_start: bool = False
     """True if the outputs differ from those of the base model before the first step."""
     batching_problem: str | None = None
@@ -70,6 +72,11 @@ class Trial:
             UnsupportedModelError: one does not.
         """
         kind = recipe.method.kind
+        if recipe.model.quantization is not None and not self.adapts_quantized:
+            raise UnsupportedModelError(
+                f"method.kind={kind} does not adapt a quantized base model: peft has no layer for it; set "
+                "model.quantization=null, or use method.kind=lora"
+            )
         if recipe.train.gradient_checkpointing and self.checkpointing_problem:
             raise UnsupportedModelError(
                 f"train.gradient_checkpointing=true does not work with method.kind={kind} on this architecture: "
@@ -126,7 +133,7 @@ def try_method(method: Method, config: PreTrainedConfig) -> Trial:
         return NO_TRIAL
     key = (method.model_dump_json(), identify(config))
     if key not in _trials:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _one_thread():
+        with torch.random.fork_rng(), warnings.catch_warnings(), _one_thread():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             _trials[key] = _try(method, config)
@@ -151,14 +158,36 @@ def check_method(recipe: Recipe) -> None:
         UnsupportedModelError: the method does not work there, or not with these settings.
         ModelError, HubUnreachableError: the model's config cannot be read.
     """
-    if recipe.method.needs_trial:
-        try_method(recipe.method, load_config(recipe.model)).check(recipe)
+    try_method(recipe.method, load_config(recipe.model)).check(recipe)
 
 
 def _try(method: Method, config: PreTrainedConfig) -> Trial:
-    base = build_small_copy(config)
+    try:
+        return _try_on_copy(method, _Copy(config, method.resolve_targets(config).copy_size))  # type: ignore[attr-defined]
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # code of peft and of the architecture may fail in any way
+        raise UnsupportedModelError(
+            f"method.kind={method.kind} fails on a small copy of {config.model_type}: {first_line(error)}; use "
+            "another method"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A recipe for equal copies of an architecture."""
+
+    config: PreTrainedConfig
+    size: CopySize
+
+    def build(self) -> PreTrainedModel:
+        return build_small_copy(self.config, self.size)
+
+
+def _try_on_copy(method: Method, source: _Copy) -> Trial:
+    base = source.build()
     batch = _build_batch(base, method)
-    expected = _compute_losses(_Subject(base, base, method), _build_batch(base, None), use_masks=True)
+    expected = _compute_losses(_Subject(base, base, method), _build_batch(base, method, virtual=False), use_masks=True)
     before = _count_values(base)
     with _FunctionNames() as called:
         subject = _apply(base, method)
@@ -172,21 +201,23 @@ def _try(method: Method, config: PreTrainedConfig) -> Trial:
     effect = float((moved - start).norm())
     if not effect > _TOLERANCE * float(start.norm()):  # or not finite
         raise UnsupportedModelError(
-            f"method.kind={method.kind} changes nothing in {config.model_type}: new values of its {num_trained:,} "
+            f"method.kind={method.kind} changes nothing in {base.config.model_type}: new values of its {num_trained:,} "
             "trained parameters give the same losses; use another method"
         )
+    flops_problem, flops_are_counted = _check_flops(subject)
     return Trial(
         trainable_parameters=num_trained,
         added_parameters=_count_values(subject.model) - before - num_trained,
+        adapts_quantized=bool(getattr(method, "adapts_quantized", True)),
         changes_start=_differ(expected, start),
         batching_problem=_find_problem(lambda: _check_batching(subject, moved, effect)),
         packing_problem=_find_problem(lambda: _check_packing(subject, moved, effect)),
         checkpointing_problem=_find_problem(lambda: _check_checkpointing(subject, batch)),
-        saving_problem=_find_problem(lambda: _check_saving(subject, config, batch, moved, effect)),
+        saving_problem=_find_problem(lambda: _check_saving(subject, source, batch, moved, effect)),
         merging_problem=_find_problem(lambda: _check_merging(subject, batch, moved, effect)),
-        flops_problem=(flops_problem := _find_problem(lambda: _check_flops(subject))),
-        flops_are_counted=not (flops_problem or "").startswith(_UNKNOWN_PRODUCT),
-        meta_problem=_find_problem(lambda: _check_meta(method, config, called.names)),
+        flops_problem=flops_problem,
+        flops_are_counted=flops_are_counted,
+        meta_problem=_find_problem(lambda: _check_meta(method, source, called.names)),
     )
 
 
@@ -196,13 +227,18 @@ def _apply(base: PreTrainedModel, method: Method) -> _Subject:
 
 
 def _build_batch(
-    base: PreTrainedModel, method: Method | None, *, packed: bool = False, rows: slice = slice(None)
+    base: PreTrainedModel, method: Method, *, packed: bool = False, virtual: bool = True, rows: slice = slice(None)
 ) -> MicroBatch:
-    """Return two documents, or one of them, each labeled from its second token on."""
+    """Return two documents, or one of them, each labeled from its second token on.
+
+    They contain the tokens that the recipe names. ``virtual`` leaves room for the method's virtual tokens.
+    """
     vocabulary = int(base.config.vocab_size)
     ids = [(index * 7 + 3) % vocabulary for index in range(sum(_LENGTHS))]
+    named = [token for token in getattr(method, "tried_tokens", ()) if token < vocabulary][: _LENGTHS[0] - 1]
+    ids[: len(named)] = named
     documents = [ids[: _LENGTHS[0]], ids[_LENGTHS[0] :]][rows]
-    collator = (PaddingFreeCollator if packed else Collator)(0, method.virtual_tokens if method is not None else 0)
+    collator = (PaddingFreeCollator if packed else Collator)(0, method.virtual_tokens if virtual else 0)
     return collator.collate(documents, [(1, len(document)) for document in documents])
 
 
@@ -278,11 +314,11 @@ def _check_checkpointing(subject: _Subject, batch: MicroBatch) -> str | None:
 
 
 def _check_saving(
-    subject: _Subject, config: PreTrainedConfig, batch: MicroBatch, expected: torch.Tensor, effect: float
+    subject: _Subject, source: _Copy, batch: MicroBatch, expected: torch.Tensor, effect: float
 ) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         subject.method.save(subject.model, Path(folder))
-        loaded = _apply(build_small_copy(config), subject.method)
+        loaded = _apply(source.build(), subject.method)
         subject.method.load(loaded.model, Path(folder))
     losses = _compute_losses(loaded, batch, use_masks=True)
     return "the saved adapter gives other outputs when it is loaded" if _differ(expected, losses, effect) else None
@@ -314,8 +350,8 @@ def _check_gradients(subject: _Subject, batch: MicroBatch, trained: dict[str, nn
         )
 
 
-def _check_flops(subject: _Subject) -> str | None:
-    """Compare the closed form of a step's FLOPs with a count."""
+def _check_flops(subject: _Subject) -> tuple[str | None, bool]:
+    """Compare the closed form of a step's FLOPs with a count; return a reason, and whether a count has all of them."""
     loss, method = subject.build_loss(use_masks=True), subject.method
     batch = _build_batch(subject.base, method, rows=slice(1))
     units = Collator(0, method.virtual_tokens).hardware_flop_units(batch)
@@ -330,25 +366,25 @@ def _check_flops(subject: _Subject) -> str | None:
                 computes_all_logits=True,
             )
         except UnsupportedFlopsError as error:
-            return str(error)
+            return str(error), isinstance(error, NonLinearFlopsError)
         with FlopCounter() as counter:
             loss(subject.model, batch).backward()
     subject.model.zero_grad()
+    if counter.total_flops is None:
+        return "a kernel's FLOPs are unknown", False
     if counter.total_flops == cost.compute_hardware_flops(units):
-        return None
-    return "a function of the method computes its own backward pass"
+        return None, True
+    return "a function of the method computes its own backward pass", True
 
 
-def _check_meta(method: Method, config: PreTrainedConfig, called: set[str]) -> str | None:
+def _check_meta(method: Method, source: _Copy, called: set[str]) -> str | None:
     """``called`` are the names of the functions that the method calls when it is applied, and in a forward pass."""
     for name in called & _UNPLANNED_FUNCTIONS.keys():
         return _UNPLANNED_FUNCTIONS[name]
-    _apply(build_small_copy(config).to("meta"), method)  # type: ignore[arg-type]
+    _apply(source.build().to("meta"), method)  # type: ignore[arg-type]
     return None
 
 
-_UNKNOWN_PRODUCT = "unknown matrix product"
-"""Beginning of the error for a product that a count of dispatched products lacks too."""
 _UNPLANNED_FUNCTIONS = {
     "linalg_solve": "it solves linear systems, and the buffers of solvers are not modeled",
     "linalg_svd": "it decomposes weights, and the layout of the factors in memory is not modeled",
