@@ -128,7 +128,7 @@ def test_method_that_trains_nothing_is_refused() -> None:
 def test_osf_trains_conv1d_layers_as_linear_layers() -> None:
     """Peft's OSF applies to Conv1D and trains nothing; here the layers are replaced first."""
     method, base = build_method("OSF"), build_small_copy(FAMILIES["gpt2"]())
-    assert method.resolve_targets(base).needs_linear  # type: ignore[attr-defined]
+    assert method.resolve_targets(base.config).needs_linear  # type: ignore[attr-defined]
     assert try_method(method, base.config).trainable_parameters > 10_000
 
 

@@ -7,6 +7,7 @@ since they depend on the kinds of its layers and not on their number. The tests 
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -199,7 +200,11 @@ def _try_on_copy(method: Method, source: _Copy) -> Trial:
     with called:
         moved = _compute_losses(subject, batch, use_masks=True)
     effect = float((moved - start).norm())
-    if not effect > _TOLERANCE * float(start.norm()):  # or not finite
+    if not math.isfinite(effect):
+        raise UnsupportedModelError(
+            f"method.kind={method.kind} gives losses that are not finite in {base.config.model_type}; use another method"
+        )
+    if effect <= _TOLERANCE * float(start.norm()):
         raise UnsupportedModelError(
             f"method.kind={method.kind} changes nothing in {base.config.model_type}: new values of its {num_trained:,} "
             "trained parameters give the same losses; use another method"
