@@ -144,7 +144,7 @@ class ModelNotFoundError(ModelError):
 
 
 class TargetModulesError(ModelError):
-    """Target modules, or names of parameters, that match nothing."""
+    """Target modules, or an expression for names of parameters, that match nothing."""
 
     exit_code = 32
 

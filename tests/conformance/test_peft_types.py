@@ -1,4 +1,4 @@
-"""Every type of peft on five families: what the trial of a run finds, the plan, and the refusals."""
+"""Every type of peft on five families: the answers of its trial, the memory plan, and the refusals."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.helpers.workshop import Workshop
 PROMPTS = {"CARTRIDGE", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"}
 PREFIXES = {"CARTRIDGE", "PREFIX_TUNING"}
 CHANGES_START = {"C3A", "FOURIERFT", "UNILORA", "VBLORA"} | PROMPTS
-"""Types whose new values change the outputs before the first step."""
+"""Types whose initial values change the outputs before the first step."""
 DEPENDS_ON_BATCH = {"LILY"}
 """Types whose routers average over all tokens of a batch."""
 NOT_MERGED = {"ADAPTION_PROMPT", "BEFT", "LILY"} | PROMPTS
-"""Types that do not update weights; BEFT is one where the base has biases."""
+"""Types that cannot be merged into weights; BEFT can be merged only if the base has biases."""
 NOT_PLANNED = {"ADAMSS", "BOFT", "FROD", "OSF", "PSOFT", "SHIRA", "TINYLORA", "VBLORA", "WAVEFT"}
-"""Types whose shapes depend on the values of weights or of their own parameters, or that decompose or solve."""
+"""Types whose shapes depend on values of weights or parameters, or that decompose weights or solve linear systems."""
 COUNTED = PREFIXES | {
     "ADAPTION_PROMPT",
     "C3A",
@@ -83,7 +83,7 @@ def test_numbers_of_types_that_pass() -> None:
 
 @pytest.mark.parametrize(("name", "family"), POINTS)
 def test_trial_finds_what_a_type_does(name: str, family: str) -> None:
-    """It trains something and is saved exactly; each exception is listed above, and its reason is a sentence."""
+    """Every type trains parameters and is saved exactly; the tables above list all exceptions."""
     method, config = build_method(name), FAMILIES[family]()
     if (name, family) in REFUSED:
         with pytest.raises(UnsupportedModelError, match=rf"method.kind=\w+ cannot be applied to {config.model_type}"):
@@ -111,7 +111,7 @@ def test_trial_finds_what_a_type_does(name: str, family: str) -> None:
 def test_plan_equals_the_run_or_is_refused(
     name: str, workshop: Workshop, sources: dict[str, Files], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """Live bytes of a step are equal, or the estimate names what depends on values."""
+    """The live bytes of a step are equal, or the estimate is refused with the reason."""
     folder = write_tiny_config("llama", tmp_path / "base", tokenizer)
     outcome, reason = compare_run_and_plan(workshop, sources["max_length"], folder, build_method(name))
     assert outcome == (UNPLANNED if name in NOT_PLANNED else EXACT), reason
@@ -120,13 +120,13 @@ def test_plan_equals_the_run_or_is_refused(
 
 
 def test_method_that_trains_nothing_is_refused() -> None:
-    """Names that match no module, and a method whose parameters do not change the outputs."""
+    """Target modules that match nothing are an error."""
     with pytest.raises(UnsupportedModelError, match=r"method\.kind=ia3 cannot be applied to llama"):
         try_method(build_method("IA3", target_modules=("nothing",), feedforward_modules=()), FAMILIES["llama"]())
 
 
 def test_osf_trains_conv1d_layers_as_linear_layers() -> None:
-    """Peft's OSF applies to Conv1D and trains nothing; here the layers are replaced first."""
+    """OSF of peft accepts Conv1D layers but trains nothing in them; here they are replaced first."""
     method, base = build_method("OSF"), build_small_copy(FAMILIES["gpt2"]())
     assert method.resolve_targets(base.config).needs_linear  # type: ignore[attr-defined]
     assert try_method(method, base.config).trainable_parameters > 10_000
@@ -134,6 +134,6 @@ def test_osf_trains_conv1d_layers_as_linear_layers() -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED_TYPES))
 def test_type_that_cannot_start_is_refused(name: str) -> None:
-    """The sentence has the reason."""
+    """The message contains the reason."""
     with pytest.raises(OutOfRangeError, match=f"type={name} is not supported, since "):
         parse_recipe(RECIPE | {"method": {"kind": "peft", "type": name}})

@@ -15,7 +15,7 @@ from tests.helpers.peft_types import ALL_TYPES
 
 ENGINES_OF_TYPES = ("ddp", "zero2")
 DEPENDS_ON_BATCH = {"LILY"}
-"""Its outputs depend on the rows of a batch, which processes divide."""
+"""The outputs of an example depend on the other rows of its batch, and processes divide the batch."""
 DRAWS_NOISE = {"PVERA"}
 """It draws random numbers in each forward pass, which differ between processes."""
 
@@ -24,7 +24,7 @@ FindRun = Callable[[str, str], Path]
 
 @pytest.fixture(scope="session")
 def find_run(folders: tuple[Path, Path, Path]) -> FindRun:
-    """Return a function from an engine and a type to the folder of the run; an engine runs all types once."""
+    """Return a function that finds the run of a type on an engine; on its first call, an engine runs all types."""
     launched: set[str] = set()
 
     def find(engine: str, name: str) -> Path:
@@ -51,7 +51,7 @@ def read_run(folder: Path) -> RunRecord:
 @pytest.mark.parametrize("name", ALL_TYPES)
 @pytest.mark.parametrize("engine", ENGINES_OF_TYPES)
 def test_two_processes_match_one(engine: str, name: str, find_run: FindRun) -> None:
-    """Losses of all steps and of the evaluation; the stopped and resumed run repeats those of the undisturbed one."""
+    """The losses of all steps are equal, and a stopped and resumed run repeats those of an uninterrupted one."""
     single, two = read_run(find_run("single", name)), read_run(find_run(engine, name))
     assert two.device.num_processes == 2
     assert two.parameters == single.parameters

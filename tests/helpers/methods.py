@@ -26,7 +26,7 @@ ONE_OF_EACH: dict[str, Method] = {
     "prompt_tuning": PromptTuning(num_virtual_tokens=5),
     "select": Select(train=r".*\.1\..*"),  # the second block
 }
-"""One instance of every method with few changed keys, without those in ``PRESETS``."""
+"""One instance of every method that is not in ``PRESETS``, with few changed keys."""
 
 PRESETS: dict[str, Method] = {
     "bitfit": BitFit(),
@@ -37,7 +37,7 @@ PRESETS: dict[str, Method] = {
 }
 """Methods that differ from one in ``ONE_OF_EACH`` only in the parameters that they train; tests of them are slow.
 
-The conformance battery checks that no method is missing in both.
+The conformance tests check that each method is in one of the two.
 """
 
 

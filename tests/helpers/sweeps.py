@@ -1,4 +1,4 @@
-"""Marks for sweeps: a few chosen points and a seeded part are fast, the others are slow."""
+"""Marks for sweeps: chosen points and a random sample (with a seed) are fast; the others are slow."""
 
 from __future__ import annotations
 

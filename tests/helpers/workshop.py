@@ -40,7 +40,7 @@ class Workshop:
     ) -> Recipe:
         """Return the recipe of a short run. Dicts replace keys of a section, ``parts`` replace whole sections.
 
-        The schedule is constant with an optimizer that needs it.
+        The schedule is constant if the optimizer requires that.
         """
         model_keys = {"path": str(self.base_folder(architecture)), "attention": "sdpa"} | (model or {})
         data_keys = {"source": self.source, "max_length": 48} | (data or {})

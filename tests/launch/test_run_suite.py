@@ -50,7 +50,7 @@ def test_suite_skips_finished_runs_and_repeats_changed_ones(
 ) -> None:
     """A second start repeats no finished run; a run with a changed recipe is repeated.
 
-    The suite is in this process, and each run is a new process.
+    The suite runs in this process, and each of its runs in a new one.
     """
     monkeypatch.chdir(project)
     for name, value in caches.items():

@@ -26,7 +26,7 @@ _BAR_WIDTH = 40
 
 
 def print_examples(summary: DataSummary, encoder: Encoder, *, ids: bool) -> None:
-    """Print the first examples token by token. Without colors, labels are in ``⟦ ⟧`` and what is cut in ``⟨ ⟩``."""
+    """Print the first examples token by token. Without colors, labels are in ``⟦ ⟧`` and cut tokens in ``⟨ ⟩``."""
     console = Console(highlight=False)
     for example in summary.shown:
         labels = sum(end - start for start, end in iter_spans(example.label_spans))
@@ -42,7 +42,7 @@ def print_examples(summary: DataSummary, encoder: Encoder, *, ids: bool) -> None
 
 
 def _iter_uses(example: EncodedExample) -> Iterator[tuple[_Use, int]]:
-    """Yield each token of an example with its use; tokens that are cut stand where they were."""
+    """Yield each token of an example with its use; cut tokens are at their original positions."""
     cuts = _find_cuts(example.whole_ids, example.input_ids)
     labeled = {position for span in iter_spans(example.label_spans) for position in range(*span)}
     for position, id in enumerate(example.input_ids):

@@ -20,7 +20,7 @@ class ConfigSection(BaseModel):
 
     @classmethod
     def select_section(cls, values: Mapping[str, Any]) -> type[Self]:
-        """Return the class that validates ``values``: this one, unless another key than ``kind`` selects it."""
+        """Return the class that validates ``values``: this one, unless a key other than ``kind`` selects another."""
         return cls
 
 

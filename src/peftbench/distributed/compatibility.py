@@ -184,7 +184,7 @@ RULES = (
         ).items()
     ),
     Rule(
-        "this optimizer freezes blocks in turns, and only full fine-tuning trains all of them",
+        "this optimizer chooses which blocks to freeze, so the method must train all weights",
         optimizers=_optimizers(lambda optimizer: optimizer.freezes_blocks),
         methods=_FREEZING_METHODS,
     ),

@@ -119,6 +119,8 @@ optional features depend on the family of a method:
 
 {methods}
 
+The other types of peft belong to `lora`; `p_tuning`, `prefix_tuning` and `cartridge` belong to `prompt_tuning`.
+
 `make test-engines` trains every combination that runs on CPU, with two processes if the engine supports several, and
 compares it with one process: losses and weights must agree to the tolerances of `tests/distributed/tolerances.py`. It
 also stops each run at a checkpoint, resumes it, and compares again. (Optimizers with stochastic rounding run in one

@@ -36,7 +36,7 @@ METHOD_FAMILIES: dict[str, tuple[str, ...]] = {
     family: tuple(kind for kind, method in METHODS.items() if method.family == family)
     for family in dict.fromkeys(method.family for method in METHODS.values())
 }
-"""The kinds of each family of methods, which have one row of the compatibility table; the first represents it."""
+"""The kinds of each family of methods. The compatibility table treats a family as one method, by its first kind."""
 
 BASELINES: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,
@@ -47,7 +47,7 @@ BASELINES: dict[str, type[Method]] = {
 
 
 class _MethodKinds(Mapping[str, type[Method]]):
-    """The section of every value of ``method.kind``. Those of peft's types are built when they are looked up."""
+    """Maps each value of ``method.kind`` to its section. Sections of peft's types are built when they are looked up."""
 
     def __init__(self) -> None:
         self._built: dict[str, type[Method]] = (

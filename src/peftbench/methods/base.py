@@ -51,16 +51,16 @@ class Method(ConfigSection):
     """True if the base model may be quantized (``model.quantization``), which needs ``keeps_base_frozen``."""
 
     needs_trial: ClassVar[bool] = False
-    """True if what it does to an architecture is found by trying it on a small copy before each run."""
+    """True if each run first tries it on a small copy of the architecture (see :mod:`peftbench.training.trial`)."""
     merges_into_base: ClassVar[bool] = False
     """True if the saved adapter can be merged into the base model's weights; False also for a saved whole model."""
 
     learning_rates: ClassVar[tuple[float, float] | None] = None
-    """Lowest and highest learning rate of ``learning_rate_source``; None if none is known."""
+    """Lowest and highest learning rate that ``learning_rate_source`` reports; None if unknown."""
     learning_rate_source: ClassVar[str] = ""
     """Paper or benchmark that reports ``learning_rates``."""
     family: ClassVar[str] = ""
-    """Row of the compatibility table: the kind itself by default, or that of the method whose preset it is."""
+    """Family in the compatibility table: by default the kind; a preset has the family of its method."""
 
     kind: str
     """Kind of method."""
@@ -84,7 +84,7 @@ class Method(ConfigSection):
 
     @property
     def occupied_positions(self) -> int:
-        """Positions of the model that the method takes; a sequence has the others."""
+        """Number of the model's positions that the method occupies; the others are left for the sequence."""
         return self.virtual_tokens
 
     @property

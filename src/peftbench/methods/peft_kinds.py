@@ -1,4 +1,4 @@
-"""Kinds of peft's methods: every type that starts from a base model, under its own name and as ``kind: peft``.
+"""Kinds of peft's methods: every type that starts from a base model, by its own name and by ``kind: peft``.
 
 A kind is a row of a table here; its section is built when a recipe names it, since importing peft takes seconds.
 """
@@ -25,7 +25,7 @@ class Preset(NamedTuple):
 
     peft_type: str
     learning_rates: tuple[float, float] | None = None
-    """Lowest and highest learning rate of the source; None without one."""
+    """Lowest and highest learning rate that the source reports; None without a source."""
     source: str = ""
     defaults: Mapping[str, Any] = {}
 
@@ -45,7 +45,7 @@ PRESETS: dict[str, Preset] = {
     "deft": Preset("DEFT", (1e-4, 1e-4), _BOARD),
     "delora": Preset("DELORA", (1e-3, 1e-3), _BOARD),
     "dora": _lora((1e-4, 2e-4), f"{_BOARD}; Liu et al. 2024, arXiv:2402.09353", use_dora=True),
-    "fourierft": Preset("FOURIERFT", (1e-4, 1e-4), f"{_BOARD}, where it learned nothing"),
+    "fourierft": Preset("FOURIERFT", (1e-4, 1e-4), f"{_BOARD}, where this method learned nothing"),
     "frod": Preset("FROD", (1e-4, 1e-3), _BOARD),
     "glora": Preset("GLORA", (1e-4, 5e-4), _BOARD),
     "gralora": Preset("GRALORA", (2e-4, 2e-4), _BOARD),
@@ -53,14 +53,14 @@ PRESETS: dict[str, Preset] = {
     "hra": Preset("HRA"),
     "ia3": Preset("IA3", (1e-4, 5e-3), f"{_BOARD}; Liu et al. 2022, arXiv:2205.05638"),
     "lily": Preset("LILY", (1e-4, 1e-4), _BOARD),
-    "ln_tuning": Preset("LN_TUNING", (1e-4, 1e-4), f"{_BOARD}, where it learned nothing"),
+    "ln_tuning": Preset("LN_TUNING", (1e-4, 1e-4), f"{_BOARD}, where this method learned nothing"),
     "loha": Preset("LOHA", (1e-4, 1e-4), _BOARD),
     "lokr": Preset("LOKR", (3e-3, 3e-3), _BOARD),
     "mica": _lora((1e-4, 1e-4), _BOARD, init_lora_weights="mica"),
     "miss": Preset("MISS", (1e-4, 1e-4), _BOARD),
     "oft": Preset("OFT", (1e-4, 1e-4), _BOARD),
-    "olora": _lora((1e-4, 1e-4), f"LoRA's: {_BOARD}", init_lora_weights="olora"),
-    "orthogonal": _lora((1e-4, 1e-4), f"LoRA's: {_BOARD}", init_lora_weights="orthogonal"),
+    "olora": _lora((1e-4, 1e-4), f"LoRA in {_BOARD}", init_lora_weights="olora"),
+    "orthogonal": _lora((1e-4, 1e-4), f"LoRA in {_BOARD}", init_lora_weights="orthogonal"),
     "osf": Preset("OSF", (5e-5, 5e-5), _BOARD),
     "p_tuning": Preset("P_TUNING", (1e-4, 1e-4), _BOARD),
     "peanut": Preset("PEANUT", (1e-4, 1e-4), _BOARD),
@@ -75,7 +75,7 @@ PRESETS: dict[str, Preset] = {
     "supertuning": Preset("SUPERTUNING"),
     "tinylora": Preset("TINYLORA", (1e-3, 1e-3), _BOARD),
     "trainable_tokens": Preset("TRAINABLE_TOKENS", (0.2, 0.2), _BOARD),
-    "unilora": Preset("UNILORA", (1e-4, 1e-4), f"{_BOARD}, where it learned nothing"),
+    "unilora": Preset("UNILORA", (1e-4, 1e-4), f"{_BOARD}, where this method learned nothing"),
     "vblora": Preset("VBLORA", (1e-4, 1e-4), _BOARD),
     "vera": Preset("VERA", (1e-3, 4e-3), f"{_BOARD}; Kopiczko et al. 2023, arXiv:2310.11454"),
     "waveft": Preset("WAVEFT", (1e-4, 1e-4), _BOARD),
@@ -84,11 +84,11 @@ PRESETS: dict[str, Preset] = {
 TYPES = frozenset(preset.peft_type for preset in PRESETS.values()) | {"LORA", "PROMPT_TUNING"}
 """Types of peft that start from a base model."""
 REFUSED_TYPES: Mapping[str, str] = {
-    "ADALORA": "it reallocates its ranks and adds a penalty to the loss in each step",
-    "CPT": "its token ids and masks belong to one prompt",
+    "ADALORA": "it reallocates its ranks and adds a penalty to the loss during training",
+    "CPT": "its token ids and masks are tied to one prompt",
     "MULTITASK_PROMPT_TUNING": "it needs the task of each example",
     "POLY": "it needs the task of each example",
-    "SHADOW": "a loss of its own trains a part of it",
+    "SHADOW": "it needs a loss of its own for some of its parameters",
     "XLORA": "it mixes adapters that are already trained",
 }
 """Types that need more than a base model and examples, and the reason."""
@@ -104,7 +104,7 @@ class PeftByType(Method):
 
     @classmethod
     def select_section(cls, values: Mapping[str, Any]) -> builtins.type[Self]:
-        """Return the section of the type that ``values`` name.
+        """Return the section of the type that ``values`` contains.
 
         Raises:
             ValueError: peft has no such type, or it cannot start from a base model alone.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 """peft's name for every linear layer except the output head."""
 _OTHER_TARGETS = frozenset({"ADAPTION_PROMPT", "LN_TUNING", "TRAINABLE_TOKENS"})
-"""Types whose targets are other modules than linear layers."""
+"""Types that adapt modules other than linear layers."""
 
 
 class Targets(NamedTuple):
@@ -84,7 +84,7 @@ class PeftMethod(Method):
         )
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
-        """Count what is trained on a copy of ``base``, to which the method is applied."""
+        """Apply the method to a copy of ``base`` and count the trained parameters."""
         model = self.apply(copy.deepcopy(base), None)
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -113,7 +113,7 @@ class PeftMethod(Method):
         if targets.needs_linear:
             notes.append(
                 "Conv1D layers are replaced by Linear layers with the same values, since peft's "
-                f"{self.peft_type} adapts only these; the saved adapter loads into a model with Linear layers"
+                f"{self.peft_type} does not adapt Conv1D; the saved adapter needs a model with the same Linear layers"
             )
         if targets.used and getattr(self, "target_modules", None) is None:
             names = targets.used if isinstance(targets.used, str) else ", ".join(targets.used)
@@ -123,7 +123,7 @@ class PeftMethod(Method):
     def resolve_targets(self, config: PreTrainedConfig) -> Targets:
         """Return the modules to adapt in an architecture, and whether they must be Linear; found on a copy of it.
 
-        The modules are the recipe's, else peft's for this family, else all that the type can adapt.
+        The modules are those of the recipe, else peft's choice for this family, else all that the type can adapt.
 
         Raises:
             UnsupportedModelError: the method cannot be applied.
@@ -184,7 +184,7 @@ class PeftMethod(Method):
         )
 
     def set_config_values(self, base: PreTrainedModel) -> dict[str, Any]:
-        """Return fields of peft's config that follow from ``base`` and that peft does not find itself."""
+        """Return fields of peft's config that depend on ``base`` and that peft does not set correctly itself."""
         return {}
 
     def build_config(self, base: PreTrainedModel, modules: Any) -> PeftConfig:
@@ -222,14 +222,14 @@ class PeftLora(PeftMethod):
     def _check_init(cls, value: bool | str) -> bool | str:
         if value in _DATA_INITS:
             raise ValueError(
-                f"{value} needs a pass over the data before the training, which is not supported; use true, gaussian, "
-                "pissa, olora, orthogonal or mica"
+                f"{value} needs a pass over the data (loftq: its own quantization of the base model), which is not "
+                "supported; use true, gaussian, pissa, olora, orthogonal or mica"
             )
         return value
 
 
 _DATA_INITS = ("corda", "eva", "loftq", "lora_ga")
-"""Initial values of LoRA that are computed from data, or with a quantized base; without that they are the default."""
+"""Initializations of LoRA that need gradients or activations of the data, or (loftq) quantize the base model."""
 
 
 def _sort(names: Iterable[str] | None) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""Methods of peft that put trained vectors in front of a sequence, or trained keys and values in front of its own."""
+"""Methods of peft that put trained vectors before the tokens of a sequence, or trained keys and values before those."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ SET_BY_PEFTBENCH = frozenset(
         "megatron_core",
     }
 )
-"""Fields of peft's configs that follow from the base model, the recipe or the run."""
+"""Fields of peft's configs that peftbench sets from the base model, the recipe or the run."""
 _DEFAULT_VIRTUAL_TOKENS = 20
 _REPLACED_DEFAULTS: Mapping[str, object] = {"num_virtual_tokens": _DEFAULT_VIRTUAL_TOKENS}
 """Defaults of fields that have none in peft."""
@@ -52,7 +52,7 @@ def build_fields(peft_type: str) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for field in fields:
         annotation, default = _to_recipe_type(hints[field.name]), _build_default(field)
-        # Some classes give None to a field whose type does not allow it.
+        # Some classes have the default None for a field whose annotation does not allow it.
         keys[field.name] = (Optional[annotation] if default.default is None else annotation, default)
     return keys
 
@@ -70,7 +70,7 @@ def _build_default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _to_recipe_type(hint: Any) -> Any:
-    """Return an annotation with tuples for lists, as in all recipes, and text for a choice that has a placeholder."""
+    """Return an annotation with tuples for lists, as in all recipes, and str for a Literal that has a placeholder."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return str if any("[" in str(argument) for argument in arguments) else hint

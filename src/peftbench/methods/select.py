@@ -1,7 +1,7 @@
 """Selective tuning: trains the base model's own parameters whose names match a regular expression.
 
-There is no learning rate that fits every selection. Matrices start at a rate of full fine-tuning, e.g. 1e-5 to 5e-4;
-vectors (biases, normalizations) train at 1e-4 to 1e-3 (see :mod:`peftbench.methods.select_presets`).
+No learning rate fits every selection. For matrices, start with a rate of full fine-tuning, e.g. 1e-5 to 5e-4; for
+vectors (biases, normalizations), with 1e-4 to 1e-3 (see :mod:`peftbench.methods.select_presets`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Select(ParameterSelection):
     kind: Literal["select"] = "select"
     """Kind of method."""
     train: str
-    """Regular expression that full names of parameters match (re.fullmatch, as in target_modules), e.g. .*norm.*"""
+    """Regular expression for the full names of parameters (re.fullmatch, as in target_modules), e.g. .*norm.*"""
     untie_head: bool = False
-    """Give the head its own copy of a matrix that it shares with the embedding, so that a name selects one of them."""
+    """Give the head its own copy of a matrix that it shares with the embedding; each name then selects only one."""
 
     @field_validator("train")
     @classmethod
@@ -56,7 +56,7 @@ class Select(ParameterSelection):
 
 
 def _shorten(names: list[str]) -> list[str]:
-    """Return the first of the names that differ in numbers only, e.g. in that of the block."""
+    """Return one name, the first, of those that differ only in numbers, e.g. in the number of the block."""
     shortened: dict[str, str] = {}
     for name in names:
         shortened.setdefault(re.sub(r"\.\d+(?=\.)", "", name), name)

@@ -1,4 +1,4 @@
-"""Presets of selective tuning: known choices of the base model's own parameters.
+"""Presets of selective tuning: well-known selections of the base model's own parameters.
 
 Each class names the source of its learning rate. None of these rates was tuned here.
 """

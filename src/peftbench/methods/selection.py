@@ -1,6 +1,6 @@
-"""ParameterSelection: the base class of methods that train a choice of the base model's own parameters.
+"""ParameterSelection: the base class of methods that train some of the base model's own parameters.
 
-Nothing is added to the model. The backward pass ends at the lowest trained parameter, as autograd does for every model.
+Nothing is added to the model. As in every model, autograd ends the backward pass at the lowest trained parameter.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def list_named_parameters(base: PreTrainedModel) -> list[tuple[str, nn.Parameter
 
 
 def list_names_in_modules(base: PreTrainedModel, matches: Callable[[nn.Module], bool], *, recurse: bool) -> list[str]:
-    """Return the trainable parameters of all modules that ``matches`` selects, with ``recurse`` also of their parts."""
+    """Return the names of the trainable parameters of the modules that match; ``recurse`` includes their submodules."""
     names = [
         name
         for module_name, module in base.named_modules(remove_duplicate=False)
@@ -145,7 +145,7 @@ def find_blocks(base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     if len(outermost) != 1:
         found = ", ".join(name for name, _ in outermost) or "none"
         raise UnsupportedModelError(
-            f"method.kind=last_blocks needs a model with one list of transformer blocks, and {base.config.model_type} "
+            f"selecting blocks needs a model with one list of transformer blocks, and {base.config.model_type} "
             f"has several or none ({found}); use method.kind=select"
         )
     ((list_name, blocks),) = outermost

@@ -1,4 +1,4 @@
-"""A small copy of an architecture with random weights, to try on it what would be slow or late on the model itself."""
+"""A small copy of an architecture with random weights, for trials that would be slow on the model itself."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build_small_copy(config: PreTrainedConfig, size: CopySize = DEFAULT_SIZE) ->
 
 
 def identify(config: PreTrainedConfig) -> str:
-    """Return a text that is equal for configs of the same architecture and sizes, however the model was loaded."""
+    """Return a string that is equal for all configs of the same architecture and sizes, however they were loaded."""
     ignored = {"architectures", "dtype", "torch_dtype", "name_or_path", "transformers_version", "quantization_config"}
     values = {key: value for key, value in config.to_dict().items() if key not in ignored and not key.startswith("_")}
     return json.dumps(values, sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""Soft tokens: trained vectors in front of every sequence, also of sequences that share a row."""
+"""Soft tokens: trained vectors in front of every sequence, including sequences that share a row."""
 
 from __future__ import annotations
 

@@ -157,8 +157,8 @@ def build_loss(
 ) -> tuple[CausalLMLoss, tuple[str, ...]]:
     """Return the loss of a base model with a method applied, and notes on savings that the model does not support.
 
-    ``labeled_only``: compute the head at labeled positions only; ``use_masks``: keep transformers' own attention, as
-    for a method that has a ``mask_reason``.
+    ``labeled_only``: compute the head at labeled positions only. ``use_masks``: keep transformers' own attention with
+    masks; a ``mask_reason`` (of a method) has the same effect.
 
     Raises:
         UnsupportedModelError: the kernel is not torch's, and the head cannot compute this model's loss.

@@ -42,13 +42,13 @@ class Optimizer(ConfigSection):
     dtensor_limitation: ClassVar[str | None] = None
     """Reason for which it cannot step DTensors (fsdp2's sharded tensors); None if it supports them."""
     deepspeed_limitation: ClassVar[str | None] = None
-    """Reason for which it cannot step the vectors of DeepSpeed ZeRO; None if it supports them or needs matrices."""
+    """Reason for which it cannot step the flat vectors of ZeRO; None if it can, or if ``needs_matrices`` is set."""
     ddp_limitation: ClassVar[str | None] = None
     """Reason for which it cannot step the replicas of DDP; None if it supports them."""
     freezes_blocks: ClassVar[bool] = False
-    """True if a step trains some blocks only; the method must then freeze no weights itself."""
+    """True if each step trains only some blocks; the method must then train all weights."""
     averages_weights: ClassVar[bool] = False
-    """True if an average of the weights is evaluated, which replaces a decay of the learning rate."""
+    """True if an average of the weights is evaluated; the average replaces a decay of the learning rate."""
     weight_dtype: ClassVar[Literal["fp32", "bf16"]] = "fp32"
     """Type of the weights that it steps."""
     approximation: ClassVar[str | None] = None
@@ -71,7 +71,7 @@ class Optimizer(ConfigSection):
 
     @abstractmethod
     def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
-        """Build a torch optimizer over ``parameters``; ``roles`` are the roles of those that have one.
+        """Build a torch optimizer over ``parameters``; ``roles`` groups them by their place in the model.
 
         Raises:
             OptimizerError: its library is not installed or does not work on this machine.
@@ -85,21 +85,21 @@ class Optimizer(ConfigSection):
         return []
 
     def list_plan_notes(self) -> list[str]:
-        """Return notes on a memory plan."""
+        """Return notes on the memory plan of a training with this optimizer."""
         return []
 
     def start_step(self, optimizer: torch.optim.Optimizer, step: int, seed: int) -> None:
-        """Choose the parameters that ``step`` (counted from 0) trains; they depend on it and on ``seed`` alone."""
+        """Choose the parameters that ``step`` (counted from 0) trains; only ``step`` and ``seed`` determine them."""
 
     def first_step(self, model: nn.Module, seed: int) -> AbstractContextManager[None]:
         """Return a context in which only the parameters of ``model`` that the first step trains require gradients."""
         return nullcontext()
 
     def set_evaluation(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the model, after the last step, the weights that are evaluated and saved."""
+        """Set the model's weights, after the last step, to those that are evaluated and saved."""
 
     def evaluation_weights(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        """Return a context in which the model has these weights; afterwards it has those that are trained."""
+        """Return a context in which the model has the evaluated weights; the trained weights are restored at exit."""
         return nullcontext()
 
     def meta_context(self) -> AbstractContextManager[None]:

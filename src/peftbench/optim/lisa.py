@@ -27,14 +27,14 @@ _BLOCK_KEY = "block"
 class Lisa(AdamLike):
     """LISA (Pan et al. 2024, arXiv:2403.17919): AdamW of torch over embeddings, head, final norm and a few blocks.
 
-    Every ``interval`` steps other blocks are chosen at random, by ``train.seed`` and the step. All other blocks are
-    frozen and have no gradients and no states. A block that is chosen again starts with new states.
+    Every ``interval`` steps, blocks are chosen at random, by ``train.seed`` and the step. All other blocks are frozen
+    and have no gradients and no states. A block that was frozen starts with new states when it is chosen again.
     """
 
     is_fused: ClassVar[bool] = True
     freezes_blocks: ClassVar[bool] = True
     approximation: ClassVar[str | None] = "each step trains a few blocks only"
-    ddp_limitation: ClassVar[str | None] = "DDP averages the gradients of parameters that it lists once"
+    ddp_limitation: ClassVar[str | None] = "DDP lists the trained weights once, and LISA changes them"
     deepspeed_limitation: ClassVar[str | None] = "DeepSpeed ZeRO lists the trained weights once, and LISA changes them"
     dtensor_limitation: ClassVar[str | None] = "FSDP lists the trained weights once, and LISA changes them"
     fallbacks: ClassVar[tuple[str, ...]] = ("adamw",)
@@ -64,7 +64,7 @@ class Lisa(AdamLike):
         )
 
     def _check_blocks(self, blocks: Sequence[Sequence[nn.Parameter]]) -> None:
-        """Check that every choice of blocks has equal FLOPs and memory.
+        """Check that all choices of blocks have equal FLOPs and equally many trained parameters.
 
         Raises:
             OptimizerError: the model has too few blocks, or blocks of several sizes.
@@ -81,7 +81,7 @@ class Lisa(AdamLike):
             )
 
     def choose_blocks(self, count: int, step: int, seed: int) -> set[int]:
-        """Return the numbers of the blocks, of ``count``, that ``step`` (counted from 0) trains."""
+        """Return the indices of the blocks, out of ``count``, that ``step`` (counted from 0) trains."""
         generator = random.Random(f"{seed}-{step // self.interval}")  # noqa: S311
         return set(generator.sample(range(count), self.num_blocks))
 
@@ -112,7 +112,7 @@ class Lisa(AdamLike):
         return [f"lisa trains {self.num_blocks} of {count} blocks at a time, chosen again every {self.interval} steps"]
 
     def list_plan_notes(self) -> list[str]:
-        return ["the plan is that of the blocks which lisa chooses first; the peak with others can differ"]
+        return ["the plan is for the blocks that lisa chooses first; the peak can differ for other blocks"]
 
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
         trained = [p for group in param_groups for p in group["params"] if p.requires_grad]

@@ -25,8 +25,8 @@ class Muon(AdamLike):
     """Muon (Jordan et al. 2024) of torch for hidden matrices; AdamW for embeddings, output head, norms and biases.
 
     With ``adjust_lr_fn=match_rms_adamw`` an update has the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that
-    learning rate and weight decay are in AdamW's range. ``betas`` and ``eps`` are AdamW's. With ``original`` the rows
-    are outputs in a Linear layer, and inputs in GPT-2's Conv1D.
+    learning rate and weight decay are in AdamW's range. ``betas`` and ``eps`` are AdamW's. With ``original`` the scale
+    depends on the rows of the matrix, which are outputs in a Linear layer and inputs in GPT-2's Conv1D.
     """
 
     is_fused: ClassVar[bool] = True
@@ -46,7 +46,7 @@ class Muon(AdamLike):
     ns_steps: int = Field(default=5, gt=0, lt=100)
     """Newton-Schulz iterations of an orthogonalization."""
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Scale of an update of rows x columns: 0.2 sqrt(max(rows, columns)), or sqrt(max(1, rows / columns))."""
+    """Scale of the update of a rows x columns matrix: 0.2 sqrt(max(rows, columns)), or sqrt(max(1, rows / columns))."""
 
     def build(self, parameters: Parameters, roles: ParameterRoles = NO_ROLES) -> torch.optim.Optimizer:
         from peftbench.optim.muon_with_adamw import MuonWithAdamW

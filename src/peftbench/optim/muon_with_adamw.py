@@ -16,10 +16,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
         self._inner: dict[bool, torch.optim.Optimizer] = {}
-        """By whether it is Muon."""
+        """The two optimizers; the key is True for Muon."""
         for is_muon, optimizer_class in ((True, torch.optim.Muon), (False, torch.optim.AdamW)):
             if selected := self._select_groups(is_muon=is_muon):
-                # Adds the defaults of its other options to the groups, which both share.
+                # The constructor adds the defaults of missing options to the groups, which are shared with it.
                 self._inner[is_muon] = optimizer_class(selected)
 
     def _select_groups(self, *, is_muon: bool) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParameterRoles:
-    """Trained parameters by their place in the model; those in no field are norms, adapters and the like."""
+    """Trained parameters by their place in the model; the fields omit the final norm, most adapters and the like."""
 
     embeddings: tuple[nn.Parameter, ...] = ()
     """Embedding matrices, also those that are tied to the output head."""

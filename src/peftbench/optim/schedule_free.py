@@ -1,4 +1,4 @@
-"""Schedule-Free AdamW: a running average of the weights in place of a decaying learning rate."""
+"""Schedule-Free AdamW: a running average of the weights replaces a decay of the learning rate."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 class ScheduleFree(AdamLike):
     """Schedule-Free AdamW (Defazio et al. 2024, arXiv:2405.15682), from the authors' package.
 
-    Gradients are taken at an interpolation between the stepped weights and their average; evaluated and saved is the
-    average. ``schedule.kind`` must be constant, with or without a warm-up. The authors' learning rates are 1 to 10
+    Gradients are taken at an interpolation between the stepped weights and their average; the average is evaluated and
+    saved. ``schedule.kind`` must be constant, with or without a warm-up. The authors' learning rates are 1 to 10
     times those of AdamW with a schedule.
     """
 
     library: ClassVar[str] = "schedulefree"
     averages_weights: ClassVar[bool] = True
-    approximation: ClassVar[str | None] = "the trained weights are an average over the steps"
+    approximation: ClassVar[str | None] = "the evaluated and saved weights are an average over the steps"
     deepspeed_limitation: ClassVar[str | None] = (
         "DeepSpeed ZeRO steps copies of the weights, and averaging them would not change the model's weights"
     )
@@ -61,7 +61,7 @@ class ScheduleFree(AdamLike):
 
     @contextmanager
     def evaluation_weights(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        # The library computes one kind of weights from the other, which rounds: the trained ones are copied.
+        # The library would compute the trained weights back from the average, with rounding, so they are copied.
         groups = optimizer.param_groups
         copies = [[parameter.detach().to("cpu", copy=True) for parameter in group["params"]] for group in groups]
         self.set_evaluation(optimizer)

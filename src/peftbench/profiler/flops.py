@@ -250,7 +250,7 @@ class _MatmulTracer(TorchFunctionMode):
         self._recorded_calls: list[tuple[int | None, list[MatmulCost]]] = []
         """(block, its products) of every function that saves tensors for the backward pass or is a product."""
         self._last_saves: dict[int | None, int] = {}
-        """Block, and the index of its last call that saves a tensor to compute a gradient; not blocks without one."""
+        """Index of each block's last call that saves a tensor to compute a gradient; blocks without one are absent."""
 
     def iter_matmuls(self) -> Iterator[MatmulCost]:
         """Yield every product of the pass."""

@@ -68,14 +68,14 @@ def find_section(
 ) -> type[ConfigSection] | None:
     """Return the class that validates a group of keys, None if its kind is unknown.
 
-    A group without a kind has that of the default of ``field``.
+    A group without a kind has the kind of the default value of ``field``.
     """
     section = kinds.get(str(group.get("kind", getattr(field and field.default, "kind", None))))
     if section is None:
         return None
     try:
         return section.select_section(group)
-    except ValueError:  # another key that selects the section has no valid value
+    except ValueError:  # the key that selects the section, e.g. type, has an invalid value
         return section
 
 

@@ -197,7 +197,7 @@ class RunRecord(RecordModel):
 
     @property
     def startup_seconds(self) -> float | None:
-        """Seconds before the first step: loading, encoding, passes over the data that a method makes, building."""
+        """Seconds before the first step: trying the method, loading, encoding and building."""
         if not self.step_losses:
             return None
         return self.phase_seconds.get("load", 0.0) + self.phase_seconds.get("build", 0.0)

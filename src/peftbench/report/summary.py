@@ -20,7 +20,7 @@ RECOMMENDED_SEEDS = 3
 MAX_SENTENCES = 12
 """Maximum number of sentences on configurations, and on outcomes; the table has the others."""
 MANY_METHODS = 8
-"""Number of methods from which a summary states that their learning rates were not tuned."""
+"""Smallest number of methods for which a summary states that their learning rates were not tuned."""
 
 
 def summarize(records: Sequence[RunRecord], comparison_set: ComparisonSet | None = None) -> list[str]:
@@ -75,7 +75,7 @@ def _quality_sentences(comparison_set: ComparisonSet) -> list[str]:
 
 
 def _rate_sentences(trained: Sequence[RunRecord]) -> list[str]:
-    """Return that learning rates were not tuned, if many methods ran at one rate each."""
+    """Return a sentence that learning rates were not tuned, if many methods ran at one rate each."""
     rates_by_method: dict[str, set[float | None]] = {}
     for run in trained:
         rates = rates_by_method.setdefault(method_kind(run), set())

@@ -25,8 +25,7 @@ class IntervalEvaluation:
     """Adds a point to the run's held-out curve every N steps and after the last step. A step callback.
 
     It must be called before the checkpoint of the step is saved, which then has the point. The training is not changed:
-    the states of all random number generators, the model's mode and
-    the trained weights are restored.
+    the states of all random number generators, the model's mode and the trained weights are restored.
     """
 
     def __init__(

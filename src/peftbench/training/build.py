@@ -58,7 +58,7 @@ class AdaptedModel:
     """Parameters outside embeddings, including those that a method added inside the base model."""
     loss: CausalLMLoss
     merges_into_base: bool | None = None
-    """True if what is trained can be merged into the base model's weights; None if it is the whole model."""
+    """True if the adapter can be merged into the base model's weights; None if the method trains the base itself."""
 
 
 @dataclass(frozen=True)
@@ -251,13 +251,16 @@ def _count_added(model: nn.Module, tensors_before: Mapping[int, torch.Tensor]) -
 
 
 def describe_rate(recipe: Recipe) -> list[str]:
-    """Return a note if the learning rate is outside of the range that is known for the method."""
+    """Return a note if the learning rate is outside the range known for the method."""
     method, rate = recipe.method, recipe.optimizer.learning_rate
     if method.learning_rates is None or method.learning_rates[0] <= rate <= method.learning_rates[1]:
         return []
     low, high = method.learning_rates
     known = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    return [f"optimizer.learning_rate={rate:g}; known for {method.kind}: {known} ({method.learning_rate_source})"]
+    return [
+        f"optimizer.learning_rate={rate:g} is outside the range known for {method.kind}: {known} "
+        f"({method.learning_rate_source})"
+    ]
 
 
 def build_training(

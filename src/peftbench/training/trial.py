@@ -1,6 +1,6 @@
-"""Try a method on a small copy of an architecture: does it apply, train, pack, checkpoint, merge and save?
+"""Try a method on a small copy of an architecture: do training, packing, checkpointing, merging and saving work?
 
-The answers decide padding, refusals and notes of a run, before its model is loaded. They hold for the architecture,
+The answers determine padding, refusals and notes of a run, before its model is loaded. They hold for the model itself,
 since they depend on the kinds of its layers and not on their number. The tests of peft's types use the same trial.
 """
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 _LENGTHS = (9, 6)
 _NOISE = 0.1
-"""Standard deviation of the values that are added to what is trained, so that it differs from its initial values."""
+"""Standard deviation of the noise that is added to the trained parameters, to change their initial values."""
 _TOLERANCE, _EFFECT_TOLERANCE = 1e-5, 1e-3
-"""Largest difference of two results that should be equal: of their norm in float32, or of the method's effect."""
+"""Largest difference of two equal results: the part of their norm in float32, plus the part of the method's effect."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Answers of a trial. A failed part has the reason; None means that it works."""
+    """Answers of a trial. A problem is the reason why something does not work; None means that it works."""
 
     trainable_parameters: int = 0
     added_parameters: int = 0
-    """Numbers that the method adds and does not train: frozen parameters and buffers."""
+    """Number of scalars that the method adds and does not train, in frozen parameters and buffers."""
     adapts_quantized: bool = True
     """True if peft adapts a quantized base model with this method."""
     changes_start: bool = False
@@ -62,9 +62,9 @@ class Trial:
     flops_problem: str | None = None
     """Reason for which its FLOPs have no closed form."""
     flops_are_counted: bool = True
-    """True if a count of a step's FLOPs has all of them."""
+    """True if :class:`FlopCounter` counts all FLOPs of a step."""
     meta_problem: str | None = None
-    """Reason for which it cannot be applied without values, i.e. planned."""
+    """Reason why it cannot be applied on the meta device, and its memory cannot be planned."""
 
     def check(self, recipe: Recipe) -> None:
         """Check that the recipe's settings work with the method.
@@ -89,7 +89,7 @@ class Trial:
             )
 
     def list_notes(self, recipe: Recipe) -> list[str]:
-        """Return sentences for the record."""
+        """Return notes for the record."""
         notes = []
         if self.changes_start:
             notes.append(f"{recipe.method.kind} changes the base model's outputs before the first step")
@@ -109,7 +109,7 @@ NO_TRIAL = Trial()
 
 @dataclass(frozen=True)
 class _Subject:
-    """A small model with the method applied, and what it computes with."""
+    """A small model with the method applied."""
 
     base: PreTrainedModel
     model: nn.Module
@@ -341,7 +341,7 @@ def _check_gradients(subject: _Subject, batch: MicroBatch, trained: dict[str, nn
     """Check that the loss depends on everything that is trained.
 
     Raises:
-        UnsupportedModelError: it does not depend on a parameter, which an engine would wait for.
+        UnsupportedModelError: a trained parameter gets no gradient, for which an engine such as DDP would wait.
     """
     loss = subject.build_loss(use_masks=True)
     subject.method.set_training(subject.model)
@@ -350,8 +350,8 @@ def _check_gradients(subject: _Subject, batch: MicroBatch, trained: dict[str, nn
     unused = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
     if unused:
         raise UnsupportedModelError(
-            f"method.kind={subject.method.kind} trains parameters that the loss does not depend on in "
-            f"{subject.base.config.model_type}, e.g. {unused[0]}; use another method"
+            f"method.kind={subject.method.kind} trains parameters that the loss does not depend on (architecture "
+            f"{subject.base.config.model_type}), e.g. {unused[0]}; use another method"
         )
 
 
@@ -383,7 +383,7 @@ def _check_flops(subject: _Subject) -> tuple[str | None, bool]:
 
 
 def _check_meta(method: Method, source: _Copy, called: set[str]) -> str | None:
-    """``called`` are the names of the functions that the method calls when it is applied, and in a forward pass."""
+    """Apply the method on the meta device; ``called`` has the functions that it calls when applied and in a forward."""
     for name in called & _UNPLANNED_FUNCTIONS.keys():
         return _UNPLANNED_FUNCTIONS[name]
     _apply(source.build().to("meta"), method)  # type: ignore[arg-type]
@@ -394,7 +394,7 @@ _UNPLANNED_FUNCTIONS = {
     "linalg_solve": "it solves linear systems, and the buffers of solvers are not modeled",
     "linalg_svd": "it decomposes weights, and the layout of the factors in memory is not modeled",
 }
-"""Functions whose memory is not that of their results on the meta device."""
+"""Functions whose memory on a real device differs from that of their results on the meta device."""
 
 
 class _FunctionNames(TorchFunctionMode):

@@ -35,7 +35,7 @@ def list_example(encoder: Encoder, example: Mapping[str, Any], capsys: pytest.Ca
 def test_cut_tokens_are_listed_where_they_stood(
     max_length: int, listing: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A long prompt loses its start, behind the start token."""
+    """A long prompt is cut at its start, after the start token."""
     encoder = Encoder(character_tokenizer(start="<s>"), SequenceLayout(max_length, 2), Completion(separator=":"))
     assert list_example(encoder, {"id": "0", "prompt": "0123456789", "completion": "abc"}, capsys) == listing
 

@@ -64,8 +64,8 @@ print(json.dumps({name: globals()[name] for name in names} | {"in_heap": len(ten
 def test_cpu_limit_refuses_larger_allocations(libraries: str) -> None:
     """With 100 of 256 MiB in use, 150 MiB fit and 200 do not; freed memory is available; release removes the limit.
 
-    Then 100 MiB of the heap are free: tensors in them count against the next budget of 64 MiB. A limit also imports
-    the libraries of a run, which takes seconds: the fast test omits that.
+    Then 100 MiB of the heap are free: tensors in them count against the next budget of 64 MiB. Setting a limit also
+    imports the libraries of a run, which takes seconds; the fast test omits these imports.
     """
     process = subprocess.run(
         [sys.executable, "-c", _SCRIPT, libraries], capture_output=True, text=True, timeout=120, check=False

@@ -1,4 +1,4 @@
-"""The method in docs/guides/methods.md: one file and one row make it a method of recipes."""
+"""The method in docs/guides/methods.md: one file and one row make it available in recipes."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_untied_head_separates_the_two(
 def test_backward_pass_ends_at_the_lowest_trained_block(
     method: Method, frozen_blocks: int, checkpointing: bool, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """No block below it has a gradient, and only blocks from it on are recomputed."""
+    """Blocks below it have no gradients, and only this block and those above it are recomputed."""
     base = random_base(gpt2_config(n_layer=4))
     model = method.apply(base, tokenizer)
     method.set_training(model)
@@ -200,7 +200,7 @@ def test_presets_select_by_structure(tokenizer: PreTrainedTokenizerBase) -> None
     mark_slow([(case, kind) for case in CASES for kind in PRESETS], lambda point: point[0] in FAST, seed=21),
 )
 def test_presets_on_every_architecture(case: str, kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Each preset trains what it counts, never nothing, or is refused because the architecture has none of it."""
+    """Each preset trains the parameters that it counts, or is refused because the architecture has none of them."""
     base, method = build_tiny_model(case), PRESETS[kind]
     has_biases = any(name.endswith("bias") and weight.requires_grad for name, weight in base.named_parameters())
     if case in REFUSED.get(kind, ()) or (kind == "bitfit" and not has_biases):

@@ -38,7 +38,7 @@ def list_all(roles: ParameterRoles) -> list[nn.Parameter]:
 
 
 def test_choice_depends_on_the_seed_and_the_interval_alone() -> None:
-    """It is constant within an interval, and after some intervals each block was chosen."""
+    """The choice is constant within an interval, and after some intervals each block has been chosen."""
     kind = Lisa(num_blocks=2, interval=5)
     choices = [kind.choose_blocks(6, step, 0) for step in range(100)]
     assert all(len(choice) == 2 for choice in choices)
@@ -49,7 +49,7 @@ def test_choice_depends_on_the_seed_and_the_interval_alone() -> None:
 
 
 def test_first_step_is_adamw_s_and_frozen_blocks_do_not_move(workshop: Workshop) -> None:
-    """Outside of the blocks all weights move, and in them those of the chosen block alone."""
+    """All weights outside the blocks change; inside the blocks, only those of the chosen block change."""
     kind = Lisa(learning_rate=RATE, weight_decay=DECAY, num_blocks=1)
     recipe = workshop.recipe(
         Full(), architecture="llama_untied", optimizer=kind, schedule=Schedule(kind="constant"), model={"dropout": 0.0}
@@ -73,7 +73,7 @@ def test_first_step_is_adamw_s_and_frozen_blocks_do_not_move(workshop: Workshop)
 
 
 def test_states_and_gradients_of_frozen_blocks_are_freed() -> None:
-    """After another choice, states exist for its blocks only; a block that stays keeps them."""
+    """After another choice, only its blocks have states; a block that is in both choices keeps them."""
     kind = Lisa(num_blocks=1, interval=1)
     roles = build_parameters(10, 10)
     optimizer = kind.build(list_all(roles), roles)
@@ -143,13 +143,13 @@ def test_resume_after_the_last_step_has_its_states(workshop: Workshop) -> None:
 
 
 def test_plan_has_the_flops_of_the_run(workshop: Workshop) -> None:
-    """They do not depend on whether the optimizer is built. A note names the choice that the plan has."""
+    """The FLOPs are the same before and after the optimizer is built. A note describes the planned choice."""
     recipe = workshop.recipe(
         Full(), optimizer=Lisa(num_blocks=1), data={"padding": "max_length"}, train={"steps": 1, "logits": "all"}
     )
     simulation = MemorySimulation(recipe, UNKNOWN_DEVICE.capability, 1)
     assert (
-        "the plan is that of the blocks which lisa chooses first; the peak with others can differ" in simulation.notes
+        "the plan is for the blocks that lisa chooses first; the peak can differ for other blocks" in simulation.notes
     )
     size = (recipe.train.global_batch_size, recipe.data.max_length or 0, 1)
     planned = [simulation.step_flops(*size)]
@@ -159,7 +159,7 @@ def test_plan_has_the_flops_of_the_run(workshop: Workshop) -> None:
 
 
 def test_model_with_too_few_or_unequal_blocks_is_refused() -> None:
-    """The first cannot be chosen from; with the second, steps would differ in FLOPs."""
+    """The choice needs enough blocks; with unequal blocks, steps would differ in FLOPs."""
     few, unequal = build_parameters(4), build_parameters(4, 5)
     with pytest.raises(
         OptimizerError, match=r"optimizer.num_blocks=2 is more than the 1 blocks of this model; lower it"

@@ -74,7 +74,7 @@ def test_momentum_without_nesterov_changes_the_second_step() -> None:
 
 @pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
 def test_embeddings_head_norms_and_biases_are_not_orthogonalized(architecture: str, workshop: Workshop) -> None:
-    """The matrices inside the blocks are; a tied head is an embedding."""
+    """Only the matrices inside the blocks are orthogonalized; a tied head counts as an embedding."""
     recipe = workshop.recipe(Full(), architecture=architecture, optimizer=Muon())
     accelerator = build_accelerator(recipe, workshop.output).accelerator
     training = build_training_components(recipe, accelerator)

@@ -73,7 +73,7 @@ def test_evaluation_during_training_changes_nothing(workshop: Workshop) -> None:
 
 
 def test_checkpoint_after_an_evaluation_resumes_to_the_last_bit(workshop: Workshop) -> None:
-    """It has the trained weights, not the evaluated ones; so has a checkpoint of the last step."""
+    """Every checkpoint, also that of the last step, has the trained weights and not the evaluated ones."""
     settings: dict[str, Any] = {
         "train": {"steps": 4},
         "evaluate": {"interval": 1, "split": "validation"},

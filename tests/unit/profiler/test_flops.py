@@ -141,7 +141,7 @@ def test_closed_form_equals_dispatched_flops_on_meta(  # noqa: PLR0917
 def test_model_flops_do_not_depend_on_checkpointing(
     variant: str, architecture: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Recomputation is not needed, and the backward pass ends at the lowest trained parameter either way."""
+    """Model FLOPs exclude recomputation, and the backward pass ends at the lowest trained parameter either way."""
     method = METHOD_VARIANTS[variant]
     base = fresh_base(architecture)
     model = method.apply(base, tokenizer)

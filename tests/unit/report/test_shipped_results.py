@@ -30,7 +30,15 @@ SIMULATION_COMMANDS = re.findall(
     r"python (benchmarks/\S+) (\S+) --update-file (docs/\S+) --marker (\S+)",
     (REPOSITORY / "Makefile").read_text(encoding="utf-8"),
 )
-SUITES = {"demo": "suite.yaml", "demo_budget": "budget.yaml", "demo_seeds": "seeds.yaml", "demo_rates": "rates.yaml"}
+SUITES = {
+    "demo": "demo/suite.yaml",
+    "demo_budget": "demo/budget.yaml",
+    "demo_libraries": "demo/libraries.yaml",
+    "demo_rates": "demo/rates.yaml",
+    "demo_seeds": "demo/seeds.yaml",
+    "methods": "methods/suite.yaml",
+}
+"""Suite by folder of its records."""
 
 
 def test_make_readme_fills_every_block() -> None:
@@ -89,7 +97,7 @@ def test_report_block_matches_its_records(folder: str, file: str, block: str, gr
 def test_records_match_the_shipped_suite(name: str) -> None:
     """Check that each run of the suite has a record of the current recipe, with its outcome, from a clean checkout."""
     records = {record.name: record for record in read_records(REPOSITORY / "docs" / "results" / name)}
-    recipes = {recipe.name: recipe for recipe in expand(REPOSITORY / "recipes" / "demo" / SUITES[name])}
+    recipes = {recipe.name: recipe for recipe in expand(REPOSITORY / "recipes" / SUITES[name])}
     assert set(records) == set(recipes)
     for run_name, record in records.items():
         recipe, _ = resolve_task(recipes[run_name])

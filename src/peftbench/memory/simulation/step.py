@@ -414,8 +414,8 @@ def _check_plannable(recipe: Recipe) -> None:
     trial = try_method(recipe.method, load_config(recipe.model))
     if trial.meta_problem is not None:
         raise EstimateUnavailableError(
-            f"method.kind={recipe.method.kind} depends on the values of weights, so that its memory cannot be planned "
-            f"without them: {trial.meta_problem}"
+            f"the memory of method.kind={recipe.method.kind} cannot be planned without the values of the weights: "
+            f"{trial.meta_problem}"
         )
 
 

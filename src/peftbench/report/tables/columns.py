@@ -198,7 +198,7 @@ _COLUMNS_AFTER_SCORES: tuple[Column, ...] = (
     ),
     Column(
         "startup (s)",
-        "Seconds before the first step: loading, encoding, passes over the data that the method makes, building.",
+        "Seconds before the first step: trying the method, loading, encoding and building.",
         lambda r: {"startup_seconds": r.startup_seconds},
         lambda r: "–" if r.startup_seconds is None else f"{r.startup_seconds:,.1f}",
         optional=True,
@@ -281,7 +281,7 @@ _COLUMNS_AFTER_SCORES: tuple[Column, ...] = (
     ),
     Column(
         "merges",
-        "Whether the saved adapter can be merged into the base model's weights, so that it costs nothing afterwards.",
+        "Whether the saved adapter can be merged into the base model's weights; inference then has no extra cost.",
         lambda r: {"merges_into_base": r.saved_model.merges_into_base if r.saved_model else None},
         _format_merges,
         optional=True,

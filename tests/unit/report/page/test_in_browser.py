@@ -45,7 +45,7 @@ WINDOWS = [
 
 @pytest.fixture(scope="module")
 def demo_page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenedPage]:
-    """Yield the demo's page at the default size. It is opened once: tests must not change what another one reads."""
+    """Yield the demo's page at the default size. It is opened once: a test must not change what others read."""
     with open_pages(browser) as open_page:
         yield open_page(write_page(load_shipped_records("demo"), tmp_path_factory.mktemp("demo")))
 
