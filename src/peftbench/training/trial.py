@@ -202,7 +202,8 @@ def _try_on_copy(method: Method, source: _Copy) -> Trial:
     effect = float((moved - start).norm())
     if not math.isfinite(effect):
         raise UnsupportedModelError(
-            f"method.kind={method.kind} gives losses that are not finite in {base.config.model_type}; use another method"
+            f"method.kind={method.kind} gives losses in {base.config.model_type} that are not finite; use another "
+            "method"
         )
     if effect <= _TOLERANCE * float(start.norm()):
         raise UnsupportedModelError(
