@@ -25,6 +25,7 @@ from peftbench.distributed.compatibility import (
     OPTIONAL_FEATURES,
     QUANTIZATION,
     RULES,
+    TRIED_METHOD,
     Combination,
     Rule,
     check,
@@ -46,6 +47,7 @@ from tests.distributed.tolerances import resume_tolerance, resume_tolerance_sing
 from tests.helpers.engines import DISTRIBUTED_ENGINES, RunEngine, list_runnable
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.paths import REPOSITORY
+from tests.helpers.peft_types import build_method
 from tests.helpers.workshop import Workshop
 
 PAGE = REPOSITORY / "docs" / "reference" / "compatibility.md"
@@ -155,7 +157,7 @@ def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch:
     _set_launcher_environment(point.engine, monkeypatch)
     monkeypatch.setattr("peftbench.distributed.deepspeed.check_nvme_support", lambda: None)
     recipe = workshop.recipe(
-        _first_method(point),
+        build_method("IA3") if TRIED_METHOD in point.optional_features else _first_method(point),
         optimizer={"kind": point.optimizer},
         train={
             "precision": point.precision,
@@ -188,6 +190,8 @@ def _first_method(point: Combination) -> Method:
 
 def _has_recipe(point: Combination) -> bool:
     """True if a valid recipe exists: one with a feature cache needs a method with a frozen backbone."""
+    if TRIED_METHOD in point.optional_features and point.method != "lora":
+        return False
     return FEATURE_CACHE not in point.optional_features or _first_method(point).has_frozen_backbone
 
 

@@ -30,6 +30,7 @@ from peftbench.distributed.compatibility import (
     LIGER,
     MICRO_BATCH_TOKENS,
     QUANTIZATION,
+    TRIED_METHOD,
     Combination,
     check,
 )
@@ -163,6 +164,7 @@ def build_combination(recipe: Recipe, engine: EngineKind) -> Combination:
         COMPILE: recipe.train.compile,
         LIGER: recipe.train.cross_entropy == "liger",
         FEATURE_CACHE: recipe.train.feature_cache is not None,
+        TRIED_METHOD: recipe.method.needs_trial,
     }
     features = {feature for feature, used in is_used.items() if used}
     if recipe.method.freezes_weights and (frozen := FROZEN_DTYPES.get(recipe.model.dtype)):

@@ -21,6 +21,7 @@ ACCEL_CONFIG_DIR = "accel_configs/"
 QUANTIZATION, CHECKPOINTING, ACTIVATION_OFFLOAD = "quantization", "checkpointing", "activation_offloading"
 MICRO_BATCH_TOKENS, COMPILE, LIGER = "micro_batch_tokens", "compile", "liger"
 FEATURE_CACHE = "feature_cache"
+TRIED_METHOD = "tried_method"
 FROZEN_BF16, FROZEN_FP16 = "frozen_bf16", "frozen_fp16"
 OPTIONAL_FEATURES = {
     ACTIVATION_OFFLOAD: ("train.activation_offloading", "false"),
@@ -30,6 +31,7 @@ OPTIONAL_FEATURES = {
     MICRO_BATCH_TOKENS: ("train.micro_batch_tokens", "null"),
     QUANTIZATION: ("model.quantization", "null"),
     FEATURE_CACHE: ("train.feature_cache", "null"),
+    TRIED_METHOD: ("method.kind", "lora"),
     FROZEN_BF16: ("model.dtype", "auto"),  # auto is a type that runs
     FROZEN_FP16: ("model.dtype", "auto"),
 }
@@ -109,6 +111,8 @@ class Combination:
 
 def name_feature(feature: str) -> str:
     """Return the recipe key of an optional feature, with its value if another value of the key is another feature."""
+    if feature == TRIED_METHOD:
+        return "method.kind: types of peft"
     value = next((f"={dtype}" for dtype, name in FROZEN_DTYPES.items() if name == feature), "")
     return OPTIONAL_FEATURES[feature][0] + value
 
@@ -139,7 +143,8 @@ class Rule:
             if allowed is not None
         ]
         if self.optional_feature:
-            values.append(name_feature(self.optional_feature))
+            is_method = self.optional_feature == TRIED_METHOD
+            values.append(f"method.kind={combination.kind}" if is_method else name_feature(self.optional_feature))
         engine = "a single process" if combination.engine == "single" else combination.engine
         places = [f" with {engine}"] if self.engines is not None else []
         places += [" on CPU" if device == "cpu" else " on a GPU"] if self.devices is not None else []
@@ -276,6 +281,11 @@ RULES = (
     Rule(
         "this engine shards the weights, and sharding packed weights of a quantized base model is untested",
         optional_feature=QUANTIZATION,
+        engines=_SHARDED_ENGINES,
+    ),
+    Rule(
+        "this engine shards the weights, and types of peft other than LoRA and prompt tuning are untested there",
+        optional_feature=TRIED_METHOD,
         engines=_SHARDED_ENGINES,
     ),
     Rule(

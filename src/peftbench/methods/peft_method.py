@@ -169,6 +169,7 @@ class PeftMethod(Method):
                         replace_conv1d(base)
                     try:
                         model: Any = self._add_adapter(base, choice)
+                        self._check_forward(model, config)
                     except UnsupportedModelError as refusal:
                         error = error or refusal
                         continue
@@ -176,6 +177,18 @@ class PeftMethod(Method):
                         used = choice or getattr(model.active_peft_config, "target_modules", None)
                         return Targets(choice, needs_linear, size, used if isinstance(used, str) else _sort(used))
         raise error or self._trains_nothing(config)
+
+    def _check_forward(self, model: nn.Module, config: PreTrainedConfig) -> None:
+        """Run a forward pass: some types accept a layer whose shape they then take for the transposed one."""
+        import torch
+
+        try:
+            with torch.no_grad():
+                model(input_ids=torch.zeros((1, 3), dtype=torch.long))
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"method.kind={self.kind} fails in {config.model_type}: {first_line(error)}; use another method"
+            ) from error
 
     def _trains_nothing(self, config: PreTrainedConfig) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -220,7 +233,7 @@ class PeftLora(PeftMethod):
     @field_validator("init_lora_weights")
     @classmethod
     def _check_init(cls, value: bool | str) -> bool | str:
-        if value in _DATA_INITS:
+        if isinstance(value, str) and value.lower().startswith(_DATA_INITS):
             raise ValueError(
                 f"{value} needs a pass over the data (loftq: its own quantization of the base model), which is not "
                 "supported; use true, gaussian, pissa, olora, orthogonal or mica"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import model_validator
 
 from peftbench.methods.peft_method import PeftMethod
 from peftbench.methods.soft_tokens import (
@@ -38,6 +40,13 @@ class PeftPrefix(PeftMethod):
 
 class PeftSoftTokens(PeftPrefix):
     """Base class of sections of types that learn soft tokens through an encoder."""
+
+    @model_validator(mode="after")
+    def _check_init(self) -> Self:
+        init = getattr(self, "prompt_tuning_init", None)
+        if getattr(init, "value", init) == "TEXT":
+            raise ValueError("prompt_tuning_init=TEXT needs the tokenizer; use method.kind=prompt_tuning")
+        return self
 
     @property
     def virtual_tokens(self) -> int:

@@ -210,3 +210,10 @@ def test_rate_outside_the_known_range_is_noted(rate: float, noted: bool) -> None
     notes = describe_rate(recipe)
     assert bool(notes) == noted
     assert all("known for ia3: 0.0001 to 0.005 (" in note and "arXiv:2205.05638" in note for note in notes)
+
+
+def test_olora_replaces_layers_that_it_takes_for_transposed_ones() -> None:
+    """Peft applies OLoRA to Conv1D, and the forward pass then fails."""
+    method = METHOD_KINDS["olora"].model_validate({})
+    assert method.resolve_targets(gpt2_config()).needs_linear  # type: ignore[attr-defined]
+    assert try_method(method, gpt2_config()).trainable_parameters > 0
