@@ -136,7 +136,8 @@ def test_full_fine_tuning_exceeds_the_budget_of_the_demo() -> None:
     outcome = records["full"].outcome
     assert outcome.requested_bytes is not None
     assert outcome.in_use_bytes is not None
-    assert outcome.in_use_bytes <= budget < outcome.in_use_bytes + outcome.requested_bytes + 2**20
+    freed_blocks = 8 * 2**20  # of the C library, which the budget counts and in_use_bytes does not
+    assert outcome.in_use_bytes <= budget < outcome.in_use_bytes + outcome.requested_bytes + freed_blocks
     assert outcome.suggestion is not None
     assert "is predicted to fit" in outcome.suggestion
     peaks = {name: train_peak_bytes(record) for name, record in records.items()}
