@@ -5,6 +5,7 @@ Nothing is added to the model. As in every model, autograd ends the backward pas
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,13 +27,13 @@ class ParameterSelection(Method):
         """True if the head gets its own copy of a matrix that it shares with the embedding."""
         return False
 
+    @abstractmethod
     def select_names(self, base: PreTrainedModel) -> list[str]:
         """Return the names of the trained parameters, at least one. A tied parameter may have several names.
 
         Raises:
             ModelError: the model has none of them.
         """
-        raise NotImplementedError
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Count the selected parameters; a tied one counts once, or twice if the head gets its own copy."""
