@@ -15,6 +15,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.recipe.schema import Profile, Recipe
+from peftbench.training.trial import try_method
 from tests.helpers.architectures import EXPERTS, HEADS, HIDDEN, LAYERS, PLAIN, TINY_CONFIGS, WINDOW
 from tests.helpers.records import count_labels_per_row
 from tests.helpers.workshop import Workshop
@@ -139,4 +140,9 @@ def compare_run_and_plan(workshop: Workshop, source: Files, folder: Path, method
     assert record.memory_breakdown is not None
     difference = record.memory_breakdown.peak_bytes - plan.memory_tracker.find_peak().nbytes
     assert abs(difference) <= TOLERANCE_BYTES, difference
+    trial = try_method(method, plan.loaded_model.model.config)
+    assert (plan.counted_flops is not None) == (trial.flops_problem is not None and trial.flops_are_counted)
+    if plan.counted_flops is not None:
+        assert record.flops.counted_step is not None
+        assert plan.counted_flops == record.flops.counted_step.counted_flops
     return EXACT, ""

@@ -77,7 +77,7 @@ def estimate(
         sequence_length=width,
         gradient_accumulation_steps=accumulation,
         evaluation_batch_size=recipe.evaluate.batch_size,
-        step_flops=flops,
+        step_flops=simulation.counted_flops if flops is None else flops,
         phase_peaks=replay.peak_by_phase,
         peak_phase=replay.peak_phase,
         reserved_bytes=replay.reserved_bytes,

@@ -34,6 +34,7 @@ from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.modeling.loading import load_config
+from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
 from peftbench.training.build import (
@@ -153,6 +154,7 @@ class MemorySimulation:
             _move_plain_tensors_to_meta(self.model)
         self.step_parts = _StepPartTracker(self.emulation)
         self.original_forward = self.model.forward
+        self._flop_counter: FlopCounter | None = None
         self._contexts = ExitStack()
         self._register_module_hooks(self.model)
 
@@ -303,14 +305,28 @@ class MemorySimulation:
                 self._start_tracking()
             self._run_step(batches.pop())
             self.memory_tracker.mark()
-            self._run_step(batches.pop())
+            with self._build_flop_counter() or nullcontext() as self._flop_counter:
+                self._run_step(batches.pop())
+
+    def _build_flop_counter(self) -> FlopCounter | None:
+        """Return a counter of a step's FLOPs if they have no closed form but can be counted."""
+        trial = try_method(self.recipe.method, self.loaded_model.model.config)
+        is_needed = trial.flops_problem is not None and trial.flops_are_counted
+        return FlopCounter(lambda: self.step_parts.current_part == "optimizer") if is_needed else None
+
+    @property
+    def counted_flops(self) -> int | None:
+        """FLOPs of a step of one process as counted in the simulated training; None if they were not counted."""
+        if self._flop_counter is None or self._flop_counter.total_flops is None:
+            return None
+        return self._flop_counter.total_flops * self.accumulation // self.num_micro_batches
 
     def _run_step(self, batch: GlobalBatch) -> None:
         limit = self.recipe.train.max_grad_norm
         train_step(self.accelerator, self.training, batch, limit, self.step_parts.part)  # type: ignore[arg-type]
 
     def step_flops(self, batch_size: int, sequence_length: int, labeled_tokens: int) -> int | None:
-        """Return the FLOPs of a batch of (batch_size, sequence_length) tokens, or None if unknown."""
+        """Return the FLOPs of a batch of (batch_size, sequence_length) tokens, None without a closed form."""
         if try_method(self.recipe.method, self.loaded_model.model.config).flops_problem is not None:
             return None
         flop_units = self.collator.hardware_flop_units(
