@@ -20,6 +20,15 @@ CARD_FILE = "README.md"
 EXPORTED_RECIPE_FILE = "recipe.yaml"
 PLACEHOLDER_PROMPT = "Write your prompt here."
 _PROJECT = "peftbench"
+_CONV1D_IMPORTS = ["from torch import nn", "from transformers.pytorch_utils import Conv1D"]
+_CONV1D_CODE = [
+    "for name, layer in list(base.named_modules()):  # the adapter needs Linear layers",
+    "    if isinstance(layer, Conv1D):",
+    "        linear = nn.Linear(*layer.weight.shape, dtype=layer.weight.dtype)",
+    "        linear.weight.data, linear.bias.data = layer.weight.data.T.contiguous(), layer.bias.data",
+    "        base.set_submodule(name, linear)",
+]
+"""Replaces the Conv1D layers of ``base``."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,11 @@ def build_loading_code(exported: ExportedModel) -> str:
             ]
         )
     lines = ["from peft import PeftModel", *exported.base.imports]
-    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f"base = {exported.base.load_code}"]
+    needs_linear_layers = exported.record.saved_model is not None and exported.record.saved_model.needs_linear_layers
+    imports = _CONV1D_IMPORTS if needs_linear_layers else []
+    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", *imports]
+    lines += ["", f"base = {exported.base.load_code}"]
+    lines += _CONV1D_CODE if needs_linear_layers else []
     lines += [f'model = PeftModel.from_pretrained(base, "{exported.name}")']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{exported.name}")']
     if exported.has_chat_template:

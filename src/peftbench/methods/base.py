@@ -18,7 +18,7 @@ from peftbench.common.schema import ConfigSection
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Target(NamedTuple):
@@ -119,6 +119,10 @@ class Method(ConfigSection):
     def list_notes(self, base: PreTrainedModel) -> list[str]:
         """Return sentences for the record about what :meth:`apply` does to ``base``; call it before that."""
         return []
+
+    def replaces_conv1d(self, config: PreTrainedConfig) -> bool:
+        """True if it replaces the Conv1D layers of an architecture, so that its adapter needs Linear layers."""
+        return False
 
     def set_training(self, model: nn.Module) -> None:
         """Set the applied model to the mode in which it is trained."""

@@ -113,12 +113,16 @@ class PeftMethod(Method):
         if targets.needs_linear:
             notes.append(
                 "Conv1D layers are replaced by Linear layers with the same values, since peft's "
-                f"{self.peft_type} does not adapt Conv1D; the saved adapter needs a model with the same Linear layers"
+                f"{self.peft_type} does not adapt Conv1D; the saved adapter needs such a model "
+                "(the model card of an export has the code)"
             )
         if targets.used and getattr(self, "target_modules", None) is None:
             names = targets.used if isinstance(targets.used, str) else ", ".join(targets.used)
             notes.append(f"method.target_modules is {names}")
         return notes
+
+    def replaces_conv1d(self, config: PreTrainedConfig) -> bool:
+        return self.resolve_targets(config).needs_linear
 
     def resolve_targets(self, config: PreTrainedConfig) -> Targets:
         """Return the modules to adapt in an architecture, and whether they must be Linear; found on a copy of it.

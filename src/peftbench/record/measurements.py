@@ -30,6 +30,8 @@ class SavedModel(RecordModel):
     """Size of its weight files."""
     merges_into_base: bool | None = None
     """True if it is an adapter that can be merged into the base model; None for a whole model."""
+    needs_linear_layers: bool = False
+    """True if the adapter fits the base model only after its Conv1D layers are replaced by Linear layers."""
 
 
 class Device(RecordModel):

@@ -214,4 +214,9 @@ def _build_saved_model(state: RunState) -> SavedModel | None:
     if not state.has_saved_model or state.adapted_model is None:
         return None
     weights = sum(file.stat().st_size for file in state.run_dir.model_dir.glob("*.safetensors"))
-    return SavedModel(weight_bytes=weights, merges_into_base=state.adapted_model.merges_into_base)
+    adapted = state.adapted_model
+    return SavedModel(
+        weight_bytes=weights,
+        merges_into_base=adapted.merges_into_base,
+        needs_linear_layers=state.recipe.method.replaces_conv1d(adapted.base.model.config),
+    )

@@ -18,6 +18,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "int8": ("llama_tied", {"kind": "lora", "r": 4}, {"model": {"quantization": "int8"}}),
     "full": ("llama_tied", {"kind": "full"}, {}),
     "last_layer": ("gpt2_tied", {"kind": "last_layer"}, {}),
+    "oft": ("gpt2_tied", {"kind": "oft", "oft_block_size": 0, "r": 2}, {}),
     "prompt_tuning": ("gpt2_tied", {"kind": "prompt_tuning", "num_virtual_tokens": 4}, {}),
 }
 """By name of the run: architecture, method and other sections of the recipe."""

@@ -92,7 +92,7 @@ def test_whole_model_is_exported_for_transformers(finished_run: Callable[[str], 
     assert read_metadata(exported.folder)["library_name"] == "transformers"
 
 
-@pytest.mark.parametrize(("name", "merge"), [("lora", False), ("lora", True), ("full", False)])
+@pytest.mark.parametrize(("name", "merge"), [("lora", False), ("lora", True), ("full", False), ("oft", False)])
 def test_code_in_the_card_works(
     name: str,
     merge: bool,
@@ -102,9 +102,11 @@ def test_code_in_the_card_works(
 ) -> None:
     """The code loads the model by its name and prints generated text."""
     exported = export_model(ExportRequest(finished_run(name), tmp_path / "my-model", merge=merge))
-    base = base_folder("llama_tied")
+    base = base_folder("gpt2_tied" if name == "oft" else "llama_tied")
     (tmp_path / base.name).symlink_to(base)  # a local base model is loaded by its name
-    output = run_code(extract_code(exported.folder), tmp_path)
+    code = extract_code(exported.folder)
+    assert ("nn.Linear" in code) == (name == "oft")
+    output = run_code(code.replace("max_new_tokens=64", "max_new_tokens=8"), tmp_path)  # the test's models are short
     assert "Write your prompt here." in output
 
 
