@@ -44,6 +44,9 @@ _REPLACED_DEFAULTS: Mapping[str, object] = {"num_virtual_tokens": _DEFAULT_VIRTU
 @functools.cache
 def build_fields(peft_type: str) -> dict[str, Any]:
     """Return the recipe's keys of a type, as arguments of pydantic's ``create_model``: annotation and default."""
+    from peftbench.common.libraries import quiet_libraries
+
+    quiet_libraries()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]  # type: ignore[index] # PeftType is a str

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
+from tqdm.auto import tqdm
 
 from peftbench.common.fingerprint import drop_neutral_keys
 from peftbench.common.nested_keys import list_differences
 from peftbench.common.units import format_bytes
-from peftbench.errors import RecordError
+from peftbench.errors import HubUnreachableError, RecordError
 from peftbench.recipe.differences import format_value
 from peftbench.record import FINAL_OUTCOMES, RunRecord, read_record
 from peftbench.run_dir.layout import RunDir
@@ -42,8 +43,9 @@ class PlannedRun:
 
 def plan_runs(recipes: Sequence[Recipe], accelerate: Path | None) -> list[PlannedRun]:
     """Return what would happen to each recipe; nothing is written."""
-    finder = ResultFinder(accelerate)
-    return [_plan_run(recipe, finder) for recipe in recipes]
+    finder, unreachable = ResultFinder(accelerate), set[str]()
+    progress = tqdm(recipes, desc="planning", unit="run", disable=None)
+    return [_plan_run(recipe, finder, unreachable) for recipe in progress]
 
 
 def format_planned_runs(runs: Sequence[PlannedRun]) -> str:
@@ -70,14 +72,15 @@ def format_planned_runs(runs: Sequence[PlannedRun]) -> str:
     return f"{table}\n\nto run: {len(started)} of {len(runs)}, with up to {disk} of disk space and {hours}"
 
 
-def _plan_run(recipe: Recipe, finder: ResultFinder) -> PlannedRun:
+def _plan_run(recipe: Recipe, finder: ResultFinder, unreachable: set[str]) -> PlannedRun:
+    """Return the plan of one run; ``unreachable`` has the models for which the Hub did not answer."""
     run_dir = RunDir.from_recipe(recipe)
     record = _read_record_or_none(run_dir.record_file)
     if finder.find_existing_result(recipe) is not None:
         return PlannedRun(recipe.name, "skip", "finished", 0, 0.0)
     if is_locked(run_dir.path):
         return PlannedRun(recipe.name, "skip", "another process has locked its folder", 0, None)
-    disk = _estimate_disk_bytes(recipe)
+    disk = _estimate_disk_bytes(recipe, unreachable)
     step = run_dir.find_latest_checkpoint_step()
     if step is not None:
         return PlannedRun(recipe.name, "resume", f"checkpoint of step {step}, if its recipe is the same", disk, None)
@@ -116,10 +119,12 @@ def _explain_rerun(recipe: Recipe, record: RunRecord, finder: ResultFinder) -> s
     return "; ".join([*shown, *([f"and {more} more keys"] if more > 0 else [])])
 
 
-def _estimate_disk_bytes(recipe: Recipe) -> int | None:
+def _estimate_disk_bytes(recipe: Recipe, unreachable: set[str]) -> int | None:
     """Return the bytes of the saved model and of the checkpoints that exist at once, None if unknown."""
     if not recipe.method.is_trainable:
         return 0
+    if recipe.model.path in unreachable:  # asking again for each run would take minutes
+        return None
     from peftbench.common.libraries import quiet_libraries
 
     quiet_libraries()
@@ -129,6 +134,9 @@ def _estimate_disk_bytes(recipe: Recipe) -> int | None:
 
     try:
         tensors = measure_tensors(with_micro_batch(resolve_for_launch(recipe)[0], 1))
+    except HubUnreachableError:
+        unreachable.add(recipe.model.path)
+        return None
     except Exception:  # whatever is wrong with the model, the run itself reports it
         return None
     saved = tensors.trained_bytes if recipe.method.keeps_base_frozen else tensors.weight_bytes

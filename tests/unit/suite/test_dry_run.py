@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from peftbench.errors import HubUnreachableError
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.recipe.schema import Checkpoint, Recipe
@@ -97,3 +98,18 @@ def test_locked_run_is_skipped(recipe: Recipe) -> None:
     finally:
         lock.release()
     assert (run.action, run.reason) == ("skip", "another process has locked its folder")
+
+
+def test_unreachable_hub_is_asked_once(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other runs of the same model have an unknown size without another attempt."""
+    asked: list[str] = []
+
+    def measure(recipe: Recipe) -> None:
+        asked.append(recipe.model.path)
+        raise HubUnreachableError("the Hub did not answer")
+
+    monkeypatch.setattr("peftbench.memory.lower_bound.measure_tensors", measure)
+    recipes = [workshop.recipe(method, name=method.kind) for method in (Full(), Lora(r=2))]
+    runs = plan_runs(recipes, None)
+    assert [run.disk_bytes for run in runs] == [None, None]
+    assert asked == [recipes[0].model.path]
