@@ -22,6 +22,7 @@ from peftbench.distributed.compatibility import (
     FROZEN_DTYPES,
     LIGER,
     MICRO_BATCH_TOKENS,
+    NO_LORA,
     OPTIONAL_FEATURES,
     QUANTIZATION,
     RULES,
@@ -157,7 +158,7 @@ def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch:
     _set_launcher_environment(point.engine, monkeypatch)
     monkeypatch.setattr("peftbench.distributed.deepspeed.check_nvme_support", lambda: None)
     recipe = workshop.recipe(
-        build_method("IA3") if TRIED_METHOD in point.optional_features else _first_method(point),
+        build_method("IA3") if point.optional_features & {TRIED_METHOD, NO_LORA} else _first_method(point),
         optimizer={"kind": point.optimizer},
         train={
             "precision": point.precision,
@@ -190,7 +191,7 @@ def _first_method(point: Combination) -> Method:
 
 def _has_recipe(point: Combination) -> bool:
     """True if a valid recipe exists: one with a feature cache needs a method with a frozen backbone."""
-    if TRIED_METHOD in point.optional_features and point.method != "lora":
+    if point.optional_features & {TRIED_METHOD, NO_LORA} and point.method != "lora":
         return False
     return FEATURE_CACHE not in point.optional_features or _first_method(point).has_frozen_backbone
 

@@ -21,7 +21,7 @@ from peftbench.optim import OPTIMIZERS, Lisa
 from peftbench.profiler.memory_breakdown import MemoryPeak
 from peftbench.recipe.schema import Profile, Recipe
 from peftbench.record import MemoryBreakdown
-from tests.helpers.methods import ONE_OF_EACH, PRESETS
+from tests.helpers.methods import ONE_OF_EACH, PRESETS, method_for
 from tests.helpers.models import FAMILIES
 from tests.helpers.records import count_labels_per_row
 from tests.helpers.workshop import Workshop
@@ -46,8 +46,8 @@ FAST = {
 }
 """A sixteenth of the sweep, which has each value of each axis, for the fast tests; the rest is slow."""
 POINTS = [pytest.param(*point, id="-".join(point), marks=() if point in FAST else pytest.mark.slow) for point in SWEEP]
-FAST_OPTIMIZERS = {"adamw", "adamw8bit_bf16", "adafactor", "galore"}
-"""One optimizer per way of keeping states: per parameter, 8-bit, factored, low-rank; the others are slow here, and
+FAST_OPTIMIZERS = {"adamw", "adamw8bit_bf16", "adafactor", "galore", "lora_fa"}
+"""One per way of keeping states: per parameter, 8-bit, factored, low-rank, inverses; the others are slow here, and
 test_estimate.py checks the states of each."""
 
 
@@ -213,7 +213,7 @@ def test_simulated_peak_of_an_optimizer_step(name: str, workshop: Workshop, sour
     """It includes states, temporaries and, with accumulation, gradients that are live at the peak."""
     optimizer = OPTIMIZER_CLASSES[name](**SMALL_KEYS.get(name, {}))
     recipe = workshop.recipe(
-        Full(),
+        method_for(optimizer),
         optimizer=optimizer,
         data={"padding": "max_length", "max_length": SHORT, "overlong": "drop", "source": sources["free"]},
         train={"steps": 3, "global_batch_size": 6, "micro_batch_size": 2, "precision": "bf16"},
