@@ -11,6 +11,7 @@ import pytest
 from peftbench.data.sources import Files
 from peftbench.memory.devices import get_device_facts
 from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.methods import METHOD_KINDS
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
@@ -230,3 +231,30 @@ def test_simulated_peak_of_an_optimizer_step(name: str, workshop: Workshop, sour
     # torchao's CPU scalars live slightly longer than in the simulation: 16 bytes.
     assert simulated.bytes_by_category == pytest.approx(measured.bytes_by_category, rel=1e-6, abs=16)
     assert (simulated.operation, simulated.step_part) == (measured.operation, measured.step_part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["lora_plus", "lora_fa"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize("activations", ["stored", "checkpointing"])
+def test_simulated_peak_of_variants_of_lora(
+    optimizer: str, kind: str, activations: str, workshop: Workshop, sources: dict[str, Files]
+) -> None:
+    """A frozen A has no gradient, and its input is not stored, also with DoRA and gradient checkpointing."""
+    section: Any = METHOD_KINDS[kind]
+    recipe = workshop.recipe(
+        section(r=4),
+        architecture="llama_untied",
+        optimizer={"kind": optimizer},
+        data={"padding": "max_length", "max_length": WIDTH, "source": sources["max_length"]},
+        train={
+            "precision": "bf16",
+            "gradient_checkpointing": activations == "checkpointing",
+            "steps": 3,
+            "global_batch_size": 6,
+        },
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
+    )
+    measured, simulated = measure_and_simulate(recipe, workshop)
+    assert simulated.nbytes == pytest.approx(measured.peak_bytes, rel=1e-6)
+    assert simulated.bytes_by_category == measured.bytes_by_category

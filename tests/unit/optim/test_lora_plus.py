@@ -14,6 +14,7 @@ from peftbench.distributed.accelerator import build_accelerator
 from peftbench.errors import CombinationError, OptimizerError
 from peftbench.methods import METHOD_KINDS
 from peftbench.methods.base import Method
+from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.optim import AdamW, LoraPlus
@@ -150,3 +151,9 @@ def test_method_that_trains_a_alone_is_refused(optimizer: str, workshop: Worksho
     recipe = workshop.recipe(method(r=4), architecture="llama_untied", optimizer={"kind": optimizer})
     with pytest.raises(OptimizerError, match=r"trains the matrix B of LoRA, and this one trains none; use method"):
         workshop.run(recipe)
+
+
+def test_baseline_of_a_suite_runs(workshop: Workshop) -> None:
+    """A suite may set one optimizer for all recipes; a baseline trains nothing."""
+    record = workshop.run(workshop.recipe(ZeroShot(), optimizer={"kind": "lora_plus"}))
+    assert record.outcome.kind == "ok"
