@@ -251,6 +251,7 @@ def assert_matches_one_process(point: Combination, run_engine: RunEngine) -> Non
     )
     assert weight_difference < allowed_weights
     assert loss_difference < allowed
+    assert _list_dtypes(folder) == _list_dtypes(single_folder)
     _assert_resumed_run_matches(single, single_folder, resume_tolerance_single(point))
     if not ENGINES[point.engine].offloads_to_nvme:
         _assert_resumed_run_matches(record, folder, resume_tolerance(point))
@@ -295,6 +296,7 @@ def _assert_resumed_run_matches(record: RunRecord, folder: Path, allowed: float)
     assert resumed.step_losses == pytest.approx(record.step_losses, rel=allowed, abs=0)
     assert resumed.quality.loss == pytest.approx(record.quality.loss, rel=allowed, abs=0)
     assert (resumed.tokens, resumed.flops) == (record.tokens, record.flops)
+    assert _list_dtypes(folder.with_name(f"{folder.name}{RESUMED}")) == _list_dtypes(folder)
     assert _distance(folder.with_name(f"{folder.name}{RESUMED}"), folder) <= allowed * _norm(folder)
 
 
@@ -312,10 +314,15 @@ def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _distance(folder: Path, reference: Path) -> float:
-    """Return the L2 distance between the saved weights of two runs; names, shapes and dtypes must be equal."""
+    """Return the L2 distance between the saved weights of two runs; names and shapes must be equal."""
     a, b = _load_weights(folder), _load_weights(reference)
-    assert {name: (t.shape, t.dtype) for name, t in a.items()} == {name: (t.shape, t.dtype) for name, t in b.items()}
+    assert {name: tensor.shape for name, tensor in a.items()} == {name: tensor.shape for name, tensor in b.items()}
     return math.sqrt(sum(float((a[name].double() - b[name].double()).square().sum()) for name in b))
+
+
+def _list_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Return the type of each saved tensor; one that the optimizer freezes is saved in the type of frozen weights."""
+    return {name: tensor.dtype for name, tensor in _load_weights(folder).items()}
 
 
 def _norm(folder: Path) -> float:
