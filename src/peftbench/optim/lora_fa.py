@@ -46,13 +46,14 @@ class LoraFA(AdamLike):
         for pair in check_trained_b(self.kind, model):
             if pair.is_embedding:
                 raise OptimizerError(
-                    f"optimizer.kind=lora_fa keeps LoRA's A at its initial value, which is zero for the embedding "
+                    "optimizer.kind=lora_fa keeps LoRA's A at its initial value, which is zero for the embedding "
                     f"{pair.name}; leave it out of method.target_modules, or use optimizer.kind=adamw"
                 )
             if pair.variant is not None:
                 raise OptimizerError(
-                    f"optimizer.kind=lora_fa needs updates that are products of a whole A and B, and peft adapts "
-                    f"{pair.name} with {pair.variant}; use optimizer.kind=adamw"
+                    "optimizer.kind=lora_fa needs updates that are products of a whole A and B, and peft adapts "
+                    f"{pair.name} with {pair.variant}; leave it out of method.target_modules, or use "
+                    "optimizer.kind=adamw"
                 )
             pair.a.requires_grad_(False)
 

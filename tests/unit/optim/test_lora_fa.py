@@ -10,6 +10,7 @@ import torch
 from peft.optimizers import create_lorafa_optimizer, lorafa
 from safetensors.torch import load_file
 from torch import nn
+from transformers import OlmoeConfig
 
 from peftbench.errors import OptimizerError
 from peftbench.memory.devices import UNKNOWN_DEVICE
@@ -22,6 +23,7 @@ from peftbench.optim.lora_fa_adamw import INVERSE_KEY, compute_inverse
 from peftbench.optim.lora_roles import LoraPair, find_lora_pairs
 from peftbench.optim.roles import find_roles
 from peftbench.recipe.schema import Profile
+from tests.helpers.models import random_base
 from tests.helpers.training import trainable_parameters
 from tests.helpers.workshop import Workshop
 
@@ -192,10 +194,21 @@ def test_adapted_embedding_is_refused(fresh_base: Callable[[str], PreTrainedMode
         LoraFA().prepare_model(model)
 
 
-def test_variant_that_changes_the_product_is_refused(fresh_base: Callable[[str], PreTrainedModel]) -> None:
-    """The inverse is that of a whole A in a product B A."""
-    model = Lora(r=4).apply(fresh_base("llama_untied"), None)  # type: ignore[arg-type]
-    layer: Any = next(module for module in model.modules() if hasattr(module, "lora_A"))
-    layer.lora_variant["default"] = object()
-    with pytest.raises(OptimizerError, match=r"products of a whole A and B, and peft adapts .* with object; use"):
+def test_stacked_experts_are_refused() -> None:
+    """The matrices of all experts share one A, and the inverse is that of a single product B A."""
+    config = OlmoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=0,
+    )
+    model = Lora(r=2).apply(random_base(config), None)  # type: ignore[arg-type]
+    with pytest.raises(OptimizerError, match=r"products of a whole A and B, and peft adapts .*mlp.* with ParamWrapper"):
         LoraFA().prepare_model(model)
+    attention = Lora(r=2, target_modules=("q_proj",)).apply(random_base(config), None)  # type: ignore[arg-type]
+    LoraFA().prepare_model(attention)
+    assert all("lora_B" in name for name in trainable_parameters(attention))
