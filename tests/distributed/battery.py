@@ -53,6 +53,7 @@ LEARNING_RATES = {
     "adamw_bf16": 3e-3,
     "galore": 1e-2,
     "muon": 1e-2,
+    "lora_plus": 1e-3,
 }
 OPTIMIZER_KEYS: dict[str, dict[str, object]] = {
     "galore": {"rank": 8, "update_gap": 3},

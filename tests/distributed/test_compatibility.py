@@ -22,6 +22,7 @@ from peftbench.distributed.compatibility import (
     FROZEN_DTYPES,
     LIGER,
     MICRO_BATCH_TOKENS,
+    NO_LORA,
     OPTIONAL_FEATURES,
     QUANTIZATION,
     RULES,
@@ -157,7 +158,7 @@ def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch:
     _set_launcher_environment(point.engine, monkeypatch)
     monkeypatch.setattr("peftbench.distributed.deepspeed.check_nvme_support", lambda: None)
     recipe = workshop.recipe(
-        build_method("IA3") if TRIED_METHOD in point.optional_features else _first_method(point),
+        build_method("IA3") if point.optional_features & {TRIED_METHOD, NO_LORA} else _first_method(point),
         optimizer={"kind": point.optimizer},
         train={
             "precision": point.precision,
@@ -190,7 +191,7 @@ def _first_method(point: Combination) -> Method:
 
 def _has_recipe(point: Combination) -> bool:
     """True if a valid recipe exists: one with a feature cache needs a method with a frozen backbone."""
-    if TRIED_METHOD in point.optional_features and point.method != "lora":
+    if point.optional_features & {TRIED_METHOD, NO_LORA} and point.method != "lora":
         return False
     return FEATURE_CACHE not in point.optional_features or _first_method(point).has_frozen_backbone
 
@@ -250,6 +251,7 @@ def assert_matches_one_process(point: Combination, run_engine: RunEngine) -> Non
     )
     assert weight_difference < allowed_weights
     assert loss_difference < allowed
+    assert _list_dtypes(folder) == _list_dtypes(single_folder)
     _assert_resumed_run_matches(single, single_folder, resume_tolerance_single(point))
     if not ENGINES[point.engine].offloads_to_nvme:
         _assert_resumed_run_matches(record, folder, resume_tolerance(point))
@@ -294,6 +296,7 @@ def _assert_resumed_run_matches(record: RunRecord, folder: Path, allowed: float)
     assert resumed.step_losses == pytest.approx(record.step_losses, rel=allowed, abs=0)
     assert resumed.quality.loss == pytest.approx(record.quality.loss, rel=allowed, abs=0)
     assert (resumed.tokens, resumed.flops) == (record.tokens, record.flops)
+    assert _list_dtypes(folder.with_name(f"{folder.name}{RESUMED}")) == _list_dtypes(folder)
     assert _distance(folder.with_name(f"{folder.name}{RESUMED}"), folder) <= allowed * _norm(folder)
 
 
@@ -311,10 +314,15 @@ def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _distance(folder: Path, reference: Path) -> float:
-    """Return the L2 distance between the saved weights of two runs; names, shapes and dtypes must be equal."""
+    """Return the L2 distance between the saved weights of two runs; names and shapes must be equal."""
     a, b = _load_weights(folder), _load_weights(reference)
-    assert {name: (t.shape, t.dtype) for name, t in a.items()} == {name: (t.shape, t.dtype) for name, t in b.items()}
+    assert {name: tensor.shape for name, tensor in a.items()} == {name: tensor.shape for name, tensor in b.items()}
     return math.sqrt(sum(float((a[name].double() - b[name].double()).square().sum()) for name in b))
+
+
+def _list_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Return the type of each saved tensor; one that the optimizer freezes is saved in the type of frozen weights."""
+    return {name: tensor.dtype for name, tensor in _load_weights(folder).items()}
 
 
 def _norm(folder: Path) -> float:

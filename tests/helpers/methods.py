@@ -17,7 +17,7 @@ from tests.helpers.models import ARCHITECTURES
 from tests.helpers.sweeps import mark_others_slow
 
 if TYPE_CHECKING:
-    pass
+    from peftbench.optim import Optimizer
 
 ONE_OF_EACH: dict[str, Method] = {
     "full": Full(),
@@ -39,6 +39,11 @@ PRESETS: dict[str, Method] = {
 
 The conformance tests check that each method is in one of the two.
 """
+
+
+def method_for(optimizer: Optimizer) -> Method:
+    """Return a method that the optimizer can train: LoRA if it needs its matrices, else full fine-tuning."""
+    return ONE_OF_EACH["lora" if optimizer.needs_lora else "full"]
 
 
 every_method = pytest.mark.parametrize("method", ONE_OF_EACH.values(), ids=ONE_OF_EACH)

@@ -29,6 +29,7 @@ from peftbench.distributed.compatibility import (
     FROZEN_DTYPES,
     LIGER,
     MICRO_BATCH_TOKENS,
+    NO_LORA,
     QUANTIZATION,
     TRIED_METHOD,
     Combination,
@@ -165,6 +166,7 @@ def build_combination(recipe: Recipe, engine: EngineKind) -> Combination:
         LIGER: recipe.train.cross_entropy == "liger",
         FEATURE_CACHE: recipe.train.feature_cache is not None,
         TRIED_METHOD: recipe.method.needs_trial,
+        NO_LORA: recipe.method.needs_trial and not recipe.method.adds_lora,
     }
     features = {feature for feature, used in is_used.items() if used}
     if recipe.method.freezes_weights and (frozen := FROZEN_DTYPES.get(recipe.model.dtype)):

@@ -14,6 +14,7 @@ from peftbench.distributed.engines import ENGINES, EngineKind
 from peftbench.errors import CombinationError
 from peftbench.methods import METHOD_FAMILIES, METHODS
 from peftbench.methods.base import Method
+from peftbench.methods.peft_kinds import LORA_KINDS
 from peftbench.optim import OPTIMIZERS, Optimizer
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -21,7 +22,7 @@ ACCEL_CONFIG_DIR = "accel_configs/"
 QUANTIZATION, CHECKPOINTING, ACTIVATION_OFFLOAD = "quantization", "checkpointing", "activation_offloading"
 MICRO_BATCH_TOKENS, COMPILE, LIGER = "micro_batch_tokens", "compile", "liger"
 FEATURE_CACHE = "feature_cache"
-TRIED_METHOD = "tried_method"
+TRIED_METHOD, NO_LORA = "tried_method", "no_lora"
 FROZEN_BF16, FROZEN_FP16 = "frozen_bf16", "frozen_fp16"
 OPTIONAL_FEATURES = {
     ACTIVATION_OFFLOAD: ("train.activation_offloading", "false"),
@@ -32,6 +33,7 @@ OPTIONAL_FEATURES = {
     QUANTIZATION: ("model.quantization", "null"),
     FEATURE_CACHE: ("train.feature_cache", "null"),
     TRIED_METHOD: ("method.kind", "lora"),
+    NO_LORA: ("method.kind", "lora"),
     FROZEN_BF16: ("model.dtype", "auto"),  # auto is a type that runs
     FROZEN_FP16: ("model.dtype", "auto"),
 }
@@ -87,6 +89,12 @@ _NVME_ENGINES = _engines(lambda engine: engine.offloads_to_nvme)
 _STOCHASTIC_ROUNDING_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.weight_dtype == "bf16")
 _PAGED_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.is_paged)
 _FREEZING_METHODS = _families(lambda method: method.freezes_weights)
+_LORA_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.needs_lora)
+_NEEDS_LORA = (
+    f"this optimizer needs the matrices A and B of LoRA, which these kinds of method have: {', '.join(LORA_KINDS)}"
+)
+_PEFT_FEATURES = {TRIED_METHOD: "types of peft", NO_LORA: "types of peft other than LoRA"}
+"""Optional features that are kinds of methods within a family."""
 _QUANTIZABLE_METHODS = _families(lambda method: method.supports_quantized_base)
 
 
@@ -111,8 +119,8 @@ class Combination:
 
 def name_feature(feature: str) -> str:
     """Return the recipe key of an optional feature, with its value if another value of the key is another feature."""
-    if feature == TRIED_METHOD:
-        return "method.kind: types of peft"
+    if feature in _PEFT_FEATURES:
+        return f"method.kind: {_PEFT_FEATURES[feature]}"
     value = next((f"={dtype}" for dtype, name in FROZEN_DTYPES.items() if name == feature), "")
     return OPTIONAL_FEATURES[feature][0] + value
 
@@ -143,7 +151,7 @@ class Rule:
             if allowed is not None
         ]
         if self.optional_feature:
-            is_method = self.optional_feature == TRIED_METHOD
+            is_method = self.optional_feature in _PEFT_FEATURES
             values.append(f"method.kind={combination.kind}" if is_method else name_feature(self.optional_feature))
         engine = "a single process" if combination.engine == "single" else combination.engine
         places = [f" with {engine}"] if self.engines is not None else []
@@ -193,6 +201,12 @@ RULES = (
         optimizers=_optimizers(lambda optimizer: optimizer.freezes_blocks),
         methods=_FREEZING_METHODS,
     ),
+    Rule(
+        _NEEDS_LORA,
+        optimizers=_LORA_OPTIMIZERS,
+        methods=_families(lambda method: not method.adds_lora),
+    ),
+    Rule(_NEEDS_LORA, optimizers=_LORA_OPTIMIZERS, optional_feature=NO_LORA),
     Rule(
         "stochastic rounding draws different random numbers on each rank, so that the replicas would diverge",
         engines=frozenset({"ddp"}),

@@ -50,6 +50,8 @@ class Method(ConfigSection):
     supports_quantized_base: ClassVar[bool] = False
     """True if the base model may be quantized (``model.quantization``), which needs ``keeps_base_frozen``."""
 
+    adds_lora: ClassVar[bool] = False
+    """True if it adds the matrices A and B of LoRA, which some optimizers step differently."""
     needs_trial: ClassVar[bool] = False
     """True if each run first tries it on a small copy of the architecture (see :mod:`peftbench.training.trial`)."""
     merges_into_base: ClassVar[bool] = False

@@ -27,6 +27,7 @@ class Lora(Method):
 
     keeps_base_frozen: ClassVar[bool] = True
     supports_quantized_base: ClassVar[bool] = True
+    adds_lora: ClassVar[bool] = True
     merges_into_base: ClassVar[bool] = True
 
     kind: Literal["lora"] = "lora"

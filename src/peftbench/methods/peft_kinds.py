@@ -81,6 +81,11 @@ PRESETS: dict[str, Preset] = {
     "waveft": Preset("WAVEFT", (1e-4, 1e-4), _BOARD),
 }
 """Kinds other than ``lora`` and ``prompt_tuning``, which have classes of their own."""
+LORA_KINDS = (
+    "lora",
+    *(kind for kind, preset in PRESETS.items() if preset.peft_type == "LORA" and kind != "mica"),
+)
+"""Kinds that train the matrix B of LoRA; MiCA trains A alone."""
 TYPES = frozenset(preset.peft_type for preset in PRESETS.values()) | {"LORA", "PROMPT_TUNING"}
 """Types of peft that start from a base model."""
 REFUSED_TYPES: Mapping[str, str] = {

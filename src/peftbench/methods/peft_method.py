@@ -232,6 +232,7 @@ class PeftMethod(Method):
 class PeftLora(PeftMethod):
     """Base class of the sections of LoRA's variants."""
 
+    adds_lora: ClassVar[bool] = True
     init_lora_weights: bool | str
 
     @field_validator("init_lora_weights")

@@ -10,6 +10,8 @@ from peftbench.optim.base import Optimizer
 from peftbench.optim.bitsandbytes import AdamW8bit, AdamW32bit, Lion, Lion8bit, PagedAdamW8bit
 from peftbench.optim.deepspeed_cpu import DeepSpeedCPUAdam
 from peftbench.optim.lisa import Lisa
+from peftbench.optim.lora_fa import LoraFA
+from peftbench.optim.lora_plus import LoraPlus
 from peftbench.optim.low_rank import Apollo, GaLore
 from peftbench.optim.muon import Muon
 from peftbench.optim.schedule_free import ScheduleFree
@@ -33,6 +35,8 @@ __all__ = [
     "Lion",
     "Lion8bit",
     "Lisa",
+    "LoraFA",
+    "LoraPlus",
     "Muon",
     "Optimizer",
     "PagedAdamW8bit",
@@ -56,6 +60,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "muon": Muon,
     "schedule_free": ScheduleFree,
     "lisa": Lisa,
+    "lora_plus": LoraPlus,
+    "lora_fa": LoraFA,
 }
 
 OPTIMIZER_LIBRARIES = tuple(dict.fromkeys(optimizer.library for optimizer in OPTIMIZERS.values()))

@@ -45,6 +45,8 @@ class Optimizer(ConfigSection):
     """Reason for which it cannot step the flat vectors of ZeRO; None if it can, or if ``needs_matrices`` is set."""
     ddp_limitation: ClassVar[str | None] = None
     """Reason for which it cannot step the replicas of DDP; None if it supports them."""
+    needs_lora: ClassVar[bool] = False
+    """True if it steps LoRA's matrices A and B differently; the method must add them."""
     freezes_blocks: ClassVar[bool] = False
     """True if each step trains only some blocks; the method must then train all weights."""
     averages_weights: ClassVar[bool] = False
@@ -75,6 +77,13 @@ class Optimizer(ConfigSection):
 
         Raises:
             OptimizerError: its library is not installed or does not work on this machine.
+        """
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Freeze the parameters of ``model`` that it never trains, right after the method was applied.
+
+        Raises:
+            OptimizerError: it cannot train this model.
         """
 
     def on_prepared(self, param_groups: Sequence[dict[str, Any]]) -> None:

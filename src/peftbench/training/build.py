@@ -158,6 +158,8 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     tensors_before = {id(tensor): tensor for tensor in _list_tensors(base.model)}
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     model = recipe.method.apply(base.model, base.tokenizer)
+    if recipe.method.is_trainable:
+        recipe.optimizer.prepare_model(model)
     convert_frozen_weights(base.model, TORCH_DTYPES[recipe.frozen_dtype])
     parameters = ParameterCounts(
         total=total,

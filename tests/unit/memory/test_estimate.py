@@ -26,7 +26,7 @@ from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Recipe
 from peftbench.report.tables.memory_plan import format_plan
-from tests.helpers.methods import one_method_fast
+from tests.helpers.methods import method_for, one_method_fast
 from tests.helpers.models import ARCHITECTURES
 from tests.helpers.sweeps import mark_others_slow
 from tests.helpers.workshop import Workshop
@@ -90,12 +90,14 @@ SMALL_KEYS: dict[str, dict[str, int]] = {"galore": {"rank": 8}, "apollo": {"rank
 SIMULATED = sorted(set(OPTIMIZERS) - {"paged_adamw8bit", "deepspeed_cpu_adam"})
 
 
-@pytest.mark.parametrize("name", mark_others_slow({n: n for n in SIMULATED}, "adamw8bit", "adafactor", "galore", "sgd"))
+@pytest.mark.parametrize(
+    "name", mark_others_slow({n: n for n in SIMULATED}, "adamw8bit", "adafactor", "galore", "sgd", "lora_fa")
+)
 def test_optimizer_state_bytes_match_closed_form(name: str, workshop: Workshop) -> None:
     """Simulated states equal the closed form; some optimizers have step counters on the CPU, 4 bytes per tensor."""
     optimizer = OPTIMIZER_CLASSES[name](**SMALL_KEYS.get(name, {}))
     recipe = workshop.recipe(
-        Full(),
+        method_for(optimizer),
         optimizer=optimizer,
         train={"precision": "bf16" if optimizer.weight_dtype == "bf16" else "fp32", "global_batch_size": 2},
     )

@@ -11,6 +11,7 @@ import pytest
 from peftbench.data.sources import Files
 from peftbench.memory.devices import get_device_facts
 from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.methods import METHOD_KINDS
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
@@ -21,7 +22,7 @@ from peftbench.optim import OPTIMIZERS, Lisa
 from peftbench.profiler.memory_breakdown import MemoryPeak
 from peftbench.recipe.schema import Profile, Recipe
 from peftbench.record import MemoryBreakdown
-from tests.helpers.methods import ONE_OF_EACH, PRESETS
+from tests.helpers.methods import ONE_OF_EACH, PRESETS, method_for
 from tests.helpers.models import FAMILIES
 from tests.helpers.records import count_labels_per_row
 from tests.helpers.workshop import Workshop
@@ -46,8 +47,8 @@ FAST = {
 }
 """A sixteenth of the sweep, which has each value of each axis, for the fast tests; the rest is slow."""
 POINTS = [pytest.param(*point, id="-".join(point), marks=() if point in FAST else pytest.mark.slow) for point in SWEEP]
-FAST_OPTIMIZERS = {"adamw", "adamw8bit_bf16", "adafactor", "galore"}
-"""One optimizer per way of keeping states: per parameter, 8-bit, factored, low-rank; the others are slow here, and
+FAST_OPTIMIZERS = {"adamw", "adamw8bit_bf16", "adafactor", "galore", "lora_fa"}
+"""One per way of keeping states: per parameter, 8-bit, factored, low-rank, inverses; the others are slow here, and
 test_estimate.py checks the states of each."""
 
 
@@ -213,7 +214,7 @@ def test_simulated_peak_of_an_optimizer_step(name: str, workshop: Workshop, sour
     """It includes states, temporaries and, with accumulation, gradients that are live at the peak."""
     optimizer = OPTIMIZER_CLASSES[name](**SMALL_KEYS.get(name, {}))
     recipe = workshop.recipe(
-        Full(),
+        method_for(optimizer),
         optimizer=optimizer,
         data={"padding": "max_length", "max_length": SHORT, "overlong": "drop", "source": sources["free"]},
         train={"steps": 3, "global_batch_size": 6, "micro_batch_size": 2, "precision": "bf16"},
@@ -230,3 +231,30 @@ def test_simulated_peak_of_an_optimizer_step(name: str, workshop: Workshop, sour
     # torchao's CPU scalars live slightly longer than in the simulation: 16 bytes.
     assert simulated.bytes_by_category == pytest.approx(measured.bytes_by_category, rel=1e-6, abs=16)
     assert (simulated.operation, simulated.step_part) == (measured.operation, measured.step_part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["lora_plus", "lora_fa"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize("activations", ["stored", "checkpointing"])
+def test_simulated_peak_of_variants_of_lora(
+    optimizer: str, kind: str, activations: str, workshop: Workshop, sources: dict[str, Files]
+) -> None:
+    """A frozen A has no gradient, and its input is not stored, also with DoRA and gradient checkpointing."""
+    section: Any = METHOD_KINDS[kind]
+    recipe = workshop.recipe(
+        section(r=4),
+        architecture="llama_untied",
+        optimizer={"kind": optimizer},
+        data={"padding": "max_length", "max_length": WIDTH, "source": sources["max_length"]},
+        train={
+            "precision": "bf16",
+            "gradient_checkpointing": activations == "checkpointing",
+            "steps": 3,
+            "global_batch_size": 6,
+        },
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
+    )
+    measured, simulated = measure_and_simulate(recipe, workshop)
+    assert simulated.nbytes == pytest.approx(measured.peak_bytes, rel=1e-6)
+    assert simulated.bytes_by_category == measured.bytes_by_category

@@ -21,7 +21,9 @@ ON_CPU = [
         name, marks=pytest.mark.slow if kind.is_cpu_only else ()
     )  # DeepSpeed compiles its optimizer for minutes
     for name, kind in sorted(OPTIMIZERS.items())
-    if not kind.is_paged and not kind.freezes_blocks  # see test_lisa.py
+    if not kind.is_paged
+    and not kind.freezes_blocks  # see test_lisa.py
+    and not kind.needs_lora  # see test_lora_plus.py and test_lora_fa.py
 ]
 ADAMW = [
     one
