@@ -20,7 +20,9 @@ from peftbench.distributed.compatibility import (
     COMPILE,
     FEATURE_CACHE,
     FROZEN_DTYPES,
+    GRADIENT_READER,
     LIGER,
+    METHOD_FEATURES,
     MICRO_BATCH_TOKENS,
     NO_LORA,
     OPTIONAL_FEATURES,
@@ -158,7 +160,7 @@ def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch:
     _set_launcher_environment(point.engine, monkeypatch)
     monkeypatch.setattr("peftbench.distributed.deepspeed.check_nvme_support", lambda: None)
     recipe = workshop.recipe(
-        build_method("IA3") if point.optional_features & {TRIED_METHOD, NO_LORA} else _first_method(point),
+        _choose_method(point),
         optimizer={"kind": point.optimizer},
         train={
             "precision": point.precision,
@@ -184,6 +186,14 @@ def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch:
     assert rule.reason in str(raised.value)
 
 
+def _choose_method(point: Combination) -> Method:
+    """Return a method with the features of the combination."""
+    if GRADIENT_READER in point.optional_features:
+        return build_method("ADALORA")
+    is_tried = point.optional_features & {TRIED_METHOD, NO_LORA}
+    return build_method("IA3") if is_tried else _first_method(point)
+
+
 def _first_method(point: Combination) -> Method:
     """Return the method that represents the family."""
     return ONE_OF_EACH[METHOD_FAMILIES[point.method][0]]
@@ -191,7 +201,7 @@ def _first_method(point: Combination) -> Method:
 
 def _has_recipe(point: Combination) -> bool:
     """True if a valid recipe exists: one with a feature cache needs a method with a frozen backbone."""
-    if point.optional_features & {TRIED_METHOD, NO_LORA} and point.method != "lora":
+    if point.optional_features & METHOD_FEATURES.keys() and point.method != "lora":
         return False
     return FEATURE_CACHE not in point.optional_features or _first_method(point).has_frozen_backbone
 

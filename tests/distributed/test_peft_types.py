@@ -19,6 +19,10 @@ DEPENDS_ON_BATCH = {"LILY"}
 DRAWS_NOISE = {"PVERA"}
 """It draws random numbers in each forward pass, which differ between processes."""
 
+UNSUPPORTED = {("zero2", "ADALORA")}
+"""It reads gradients after the optimizer's step, and DeepSpeed has deleted them."""
+POINTS = [(engine, name) for engine in ENGINES_OF_TYPES for name in ALL_TYPES if (engine, name) not in UNSUPPORTED]
+
 FindRun = Callable[[str, str], Path]
 
 
@@ -30,7 +34,8 @@ def find_run(folders: tuple[Path, Path, Path]) -> FindRun:
     def find(engine: str, name: str) -> Path:
         if engine not in launched:
             launched.add(engine)
-            launch_battery(engine, [Combination(one, engine, "adamw", "fp32") for one in ALL_TYPES], *folders)
+            supported = [one for one in ALL_TYPES if (engine, one) not in UNSUPPORTED]
+            launch_battery(engine, [Combination(one, engine, "adamw", "fp32") for one in supported], *folders)
         return folders[0] / engine / f"{name}-adamw-fp32"
 
     return find
@@ -48,8 +53,7 @@ def read_run(folder: Path) -> RunRecord:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ALL_TYPES)
-@pytest.mark.parametrize("engine", ENGINES_OF_TYPES)
+@pytest.mark.parametrize(("engine", "name"), POINTS)
 def test_two_processes_match_one(engine: str, name: str, find_run: FindRun) -> None:
     """The losses of all steps are equal, and a stopped and resumed run repeats those of an uninterrupted one."""
     single, two = read_run(find_run("single", name)), read_run(find_run(engine, name))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _TINY_KEYS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"init_r": 6, "target_r": 3},
     "ADAMSS": {"r": 16},
     "C3A": {"block_size": 8},
     "CARTRIDGE": {"num_virtual_tokens": 4},

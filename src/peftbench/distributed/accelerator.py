@@ -27,6 +27,7 @@ from peftbench.distributed.compatibility import (
     COMPILE,
     FEATURE_CACHE,
     FROZEN_DTYPES,
+    GRADIENT_READER,
     LIGER,
     MICRO_BATCH_TOKENS,
     NO_LORA,
@@ -167,6 +168,7 @@ def build_combination(recipe: Recipe, engine: EngineKind) -> Combination:
         FEATURE_CACHE: recipe.train.feature_cache is not None,
         TRIED_METHOD: recipe.method.needs_trial,
         NO_LORA: recipe.method.needs_trial and not recipe.method.adds_lora,
+        GRADIENT_READER: recipe.method.reads_gradients,
     }
     features = {feature for feature, used in is_used.items() if used}
     if recipe.method.freezes_weights and (frozen := FROZEN_DTYPES.get(recipe.model.dtype)):

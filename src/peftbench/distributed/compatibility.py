@@ -22,7 +22,7 @@ ACCEL_CONFIG_DIR = "accel_configs/"
 QUANTIZATION, CHECKPOINTING, ACTIVATION_OFFLOAD = "quantization", "checkpointing", "activation_offloading"
 MICRO_BATCH_TOKENS, COMPILE, LIGER = "micro_batch_tokens", "compile", "liger"
 FEATURE_CACHE = "feature_cache"
-TRIED_METHOD, NO_LORA = "tried_method", "no_lora"
+TRIED_METHOD, NO_LORA, GRADIENT_READER = "tried_method", "no_lora", "gradient_reader"
 FROZEN_BF16, FROZEN_FP16 = "frozen_bf16", "frozen_fp16"
 OPTIONAL_FEATURES = {
     ACTIVATION_OFFLOAD: ("train.activation_offloading", "false"),
@@ -34,12 +34,19 @@ OPTIONAL_FEATURES = {
     FEATURE_CACHE: ("train.feature_cache", "null"),
     TRIED_METHOD: ("method.kind", "lora"),
     NO_LORA: ("method.kind", "lora"),
+    GRADIENT_READER: ("method.kind", "lora"),
     FROZEN_BF16: ("model.dtype", "auto"),  # auto is a type that runs
     FROZEN_FP16: ("model.dtype", "auto"),
 }
 """Optional features of a recipe: the key of each, and the value that disables it."""
 FROZEN_DTYPES = {"bf16": FROZEN_BF16, "fp16": FROZEN_FP16}
 """The feature of each 16-bit type in which frozen weights may be held."""
+METHOD_FEATURES = {
+    TRIED_METHOD: "types of peft",
+    NO_LORA: "types of peft other than LoRA",
+    GRADIENT_READER: "adalora",
+}
+"""Features that a method has because of its kind, and the methods that have them."""
 
 
 def _engines(condition: Callable[[EngineKind], bool]) -> frozenset[str]:
@@ -93,8 +100,6 @@ _LORA_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.needs_lora)
 _NEEDS_LORA = (
     f"this optimizer needs the matrices A and B of LoRA, which these kinds of method have: {', '.join(LORA_KINDS)}"
 )
-_PEFT_FEATURES = {TRIED_METHOD: "types of peft", NO_LORA: "types of peft other than LoRA"}
-"""Optional features that are kinds of methods within a family."""
 _QUANTIZABLE_METHODS = _families(lambda method: method.supports_quantized_base)
 
 
@@ -119,8 +124,8 @@ class Combination:
 
 def name_feature(feature: str) -> str:
     """Return the recipe key of an optional feature, with its value if another value of the key is another feature."""
-    if feature in _PEFT_FEATURES:
-        return f"method.kind: {_PEFT_FEATURES[feature]}"
+    if feature in METHOD_FEATURES:
+        return f"method.kind: {METHOD_FEATURES[feature]}"
     value = next((f"={dtype}" for dtype, name in FROZEN_DTYPES.items() if name == feature), "")
     return OPTIONAL_FEATURES[feature][0] + value
 
@@ -151,7 +156,7 @@ class Rule:
             if allowed is not None
         ]
         if self.optional_feature:
-            is_method = self.optional_feature in _PEFT_FEATURES
+            is_method = self.optional_feature in METHOD_FEATURES
             values.append(f"method.kind={combination.kind}" if is_method else name_feature(self.optional_feature))
         engine = "a single process" if combination.engine == "single" else combination.engine
         places = [f" with {engine}"] if self.engines is not None else []
@@ -296,6 +301,21 @@ RULES = (
         "this engine shards the weights, and sharding packed weights of a quantized base model is untested",
         optional_feature=QUANTIZATION,
         engines=_SHARDED_ENGINES,
+    ),
+    Rule(
+        "this optimizer evaluates averages of the weights, in which ranks that this method masked are not zero",
+        optional_feature=GRADIENT_READER,
+        optimizers=_optimizers(lambda optimizer: optimizer.averages_weights),
+    ),
+    Rule(
+        "DeepSpeed deletes the gradients inside its step, and this method reads them after it",
+        optional_feature=GRADIENT_READER,
+        engines=_DEEPSPEED_ENGINES,
+    ),
+    Rule(
+        "this engine shards the gradients, and this method needs whole ones",
+        optional_feature=GRADIENT_READER,
+        engines=_FSDP_ENGINES,
     ),
     Rule(
         "this engine shards the weights, and types of peft other than LoRA and prompt tuning are untested there",

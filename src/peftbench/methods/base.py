@@ -56,6 +56,8 @@ class Method(ConfigSection):
     """True if each run first tries it on a small copy of the architecture (see :mod:`peftbench.training.trial`)."""
     merges_into_base: ClassVar[bool] = False
     """True if the saved adapter can be merged into the base model's weights; False also for a saved whole model."""
+    reads_gradients: ClassVar[bool] = False
+    """True if :meth:`after_optimizer_step` reads gradients, which the engine then must keep unsharded until then."""
 
     learning_rates: ClassVar[tuple[float, float] | None] = None
     """Lowest and highest learning rate that ``learning_rate_source`` reports; None if unknown."""
@@ -130,6 +132,47 @@ class Method(ConfigSection):
         """Set the applied model to the mode in which it is trained."""
         model.train()
 
+    def why_steps_are_too_few(self, total_steps: int) -> str | None:
+        """Return why the method needs more steps than ``total_steps``, None if they suffice."""
+        return None
+
+    def start_training(self, model: nn.Module, total_steps: int) -> None:
+        """Prepare the applied model for a training of ``total_steps`` optimizer steps."""
+
+    def compute_penalty(self, model: nn.Module) -> torch.Tensor | None:
+        """Return a differentiable scalar that each step adds to its mean loss, None without one.
+
+        It counts once in each step, however many micro-batches and processes the step has. The recorded losses do not
+        contain it.
+        """
+        return None
+
+    def after_optimizer_step(self, model: nn.Module, step: int, *, was_skipped: bool) -> None:
+        """Change the model after ``step`` (counted from 1), while its gradients still exist.
+
+        The gradients are clipped and unscaled. ``was_skipped``: fp16's loss scaler skipped the update, since a
+        gradient is not finite.
+        """
+
+    def capture_state(self, model: nn.Module) -> dict[str, Any]:
+        """Return what the training changes in addition to parameters: tensors, numbers and strings in dicts and lists.
+
+        It refers to the training's own tensors.
+        """
+        return {}
+
+    def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Restore what :meth:`capture_state` returned."""
+
+    @property
+    def simulated_step(self) -> int:
+        """Number of the step with the most memory, for a memory plan of a model before :meth:`start_training`."""
+        return 1
+
+    def list_training_notes(self, model: nn.Module) -> list[str]:
+        """Return sentences for the record about what the training changed; called after the last step."""
+        return []
+
     def generate(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any
     ) -> torch.Tensor:
@@ -166,11 +209,11 @@ class Method(ConfigSection):
         """
         if not self.keeps_base_frozen:
             return
-        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         from peftbench.errors import ModelError
 
-        weights = load_peft_weights(str(save_directory), device="cpu")
+        weights = self.read_weights(save_directory)
         set_peft_model_state_dict(model, weights)
         with _without_config_warning():
             expected = get_peft_model_state_dict(model)
@@ -179,6 +222,13 @@ class Method(ConfigSection):
                 f"{save_directory} and this {self.kind} have different weights: only one of them has {difference[0]}",
                 "train again",
             )
+
+    def read_weights(self, save_directory: Path) -> dict[str, torch.Tensor]:
+        """Return the saved adapter's weights, in the shapes of the applied model."""
+        from peft import load_peft_weights
+
+        weights: dict[str, torch.Tensor] = load_peft_weights(str(save_directory), device="cpu")
+        return weights
 
     def merge(self, model: nn.Module) -> PreTrainedModel:
         """Return the base model with what is trained merged into its weights.

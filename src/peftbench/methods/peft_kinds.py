@@ -36,6 +36,7 @@ def _lora(rates: tuple[float, float], source: str, **defaults: Any) -> Preset:
 
 
 PRESETS: dict[str, Preset] = {
+    "adalora": Preset("ADALORA", (1e-4, 2.2e-3), f"{_BOARD}; Zhang et al. 2023, arXiv:2303.10512"),
     "adamss": Preset("ADAMSS", (1e-4, 1e-4), _BOARD),
     "adaption_prompt": Preset("ADAPTION_PROMPT", (5e-4, 5e-3), _BOARD, {"adapter_len": 10, "adapter_layers": 2}),
     "beft": Preset("BEFT", (1e-4, 1e-4), _BOARD),
@@ -89,7 +90,6 @@ LORA_KINDS = (
 TYPES = frozenset(preset.peft_type for preset in PRESETS.values()) | {"LORA", "PROMPT_TUNING"}
 """Types of peft that start from a base model."""
 REFUSED_TYPES: Mapping[str, str] = {
-    "ADALORA": "it reallocates its ranks and adds a penalty to the loss during training",
     "CPT": "its token ids and masks are tied to one prompt",
     "MULTITASK_PROMPT_TUNING": "it needs the task of each example",
     "POLY": "it needs the task of each example",
@@ -144,12 +144,14 @@ def build_preset(kind: str) -> type[Method]:
 @functools.cache
 def _build_section(kind: str, peft_type: str) -> type[Method]:
     """Return the section of a type: the fields of its config class are its keys."""
+    from peftbench.methods.peft_adalora import PeftAdaLora
     from peftbench.methods.peft_method import PeftLora, PeftMethod
     from peftbench.methods.peft_prompts import PeftPrefix, PeftSoftTokens
     from peftbench.methods.peft_sections import build_fields
 
     preset = PRESETS.get(kind, Preset(peft_type))
     bases: dict[str, type[PeftMethod]] = {
+        "ADALORA": PeftAdaLora,
         "LORA": PeftLora,
         "CARTRIDGE": PeftPrefix,
         "P_TUNING": PeftSoftTokens,
@@ -157,7 +159,7 @@ def _build_section(kind: str, peft_type: str) -> type[Method]:
         "PROMPT_TUNING": PeftSoftTokens,
     }
     base: type[PeftMethod] = bases.get(peft_type, PeftMethod)
-    fields = build_fields(peft_type)
+    fields = {name: field for name, field in build_fields(peft_type).items() if name not in base.hidden_fields}
     keys: dict[str, Any] = {"kind": (Literal[kind], Field(default=kind, description="Kind of method."))}
     if kind == "peft":
         upper = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
@@ -166,8 +168,10 @@ def _build_section(kind: str, peft_type: str) -> type[Method]:
             Field(default=peft_type, description="Type of peft."),
         )
     for name, (annotation, field) in fields.items():
-        default = {"default": preset.defaults[name]} if name in preset.defaults else {}
-        keys[name] = (annotation, FieldInfo.merge_field_infos(field, **default) if default else field)
+        changes = dict(base.field_changes.get(name, {}))
+        if name in preset.defaults:
+            changes["default"] = preset.defaults[name]
+        keys[name] = (annotation, FieldInfo.merge_field_infos(field, Field(**changes)) if changes else field)
     section = create_model(f"{peft_type.title().replace('_', '')}Section", __base__=base, __module__=__name__, **keys)
     section.peft_type, section.config_fields = peft_type, tuple(fields)
     section.adapts_quantized = (base is not PeftMethod and peft_type != "LORA") or _has_quantized_layers(peft_type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from unittest.mock import patch
@@ -58,6 +58,10 @@ class PeftMethod(Method):
     """Name of the type in peft's ``PeftType``."""
     adapts_quantized: ClassVar[bool]
     """True if peft adapts a base model that bitsandbytes quantizes."""
+    hidden_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields of peft's config class that are not keys: the type ignores or refuses them, or the run sets them."""
+    field_changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Arguments of pydantic's ``Field`` by key, e.g. limits, that replace those of peft's field."""
     config_fields: ClassVar[tuple[str, ...]]
     """Names of the keys that are fields of peft's config class."""
 

@@ -116,10 +116,12 @@ def count_flops(
     virtual_tokens: int,
     gradient_checkpointing: bool,
     computes_all_logits: bool,
+    compute_penalty: Callable[[], object] = lambda: None,
 ) -> FlopCost:
     """List the matrix products of ``model``, which a method built from ``base_model``, in one short forward pass.
 
     ``computes_all_logits``: the head computes all positions in training, instead of only labeled ones.
+    ``compute_penalty`` computes what the method adds to the loss of each micro-batch.
 
     Raises:
         UnsupportedFlopsError: it has a kind of product that is unknown here.
@@ -132,6 +134,7 @@ def count_flops(
     tokens = torch.zeros((1, _NUM_TRACE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
     with torch.enable_grad(), _track_blocks(base_model, trace), _record_quantized_layers(base_model, trace), trace:
         model(input_ids=tokens, use_cache=False)
+        compute_penalty()
     return FlopCost(
         tuple(trace.iter_matmuls()), tuple(trace.iter_recomputed_matmuls()) if gradient_checkpointing else ()
     )

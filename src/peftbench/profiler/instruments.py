@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -61,6 +61,7 @@ def build_instruments(
     memory_breakdown_step: int | None,
     gradient_checkpointing: bool = False,
     get_engine_buffers: Callable[[], EngineBuffers] = EngineBuffers,
+    list_method_tensors: Callable[[], Iterable[torch.Tensor]] = tuple,
 ) -> StepInstruments:
     """Build the instruments of a run on ``device``; ``get_step_part`` returns the current part of the step."""
     memory_tracker = None
@@ -73,6 +74,7 @@ def build_instruments(
             get_step_part,
             get_engine_buffers=get_engine_buffers,
             device_type=tracked_device,
+            list_method_tensors=list_method_tensors,
         )
     # Checkpointing ends a recomputation early with an exception. Reading the Python stack then fails in torch 2.11 with
     # a SystemError in the backward pass.

@@ -101,7 +101,7 @@ class MemoryTracker(TorchDispatchMode):
     - weights: parameters and buffers, or the process's shards of them; gathered_weights: unsharded parameters while a
       layer runs; weight_copies: autocast's casts of them.
     - gradients: storages that become a parameter's ``grad``; buckets: storages sent or received by collectives.
-    - optimizer_state: tensors in the optimizer's state, including float32 master weights.
+    - optimizer_state: tensors in the optimizer's and in the method's state, including float32 master weights.
     - logits: tensors of the vocabulary's width, from the head's output to its gradient.
     - activations: created in the forward pass or its recomputation, and still live in the backward pass.
     - temporaries: all others.
@@ -118,8 +118,12 @@ class MemoryTracker(TorchDispatchMode):
         *,
         get_engine_buffers: Callable[[], EngineBuffers] = EngineBuffers,
         device_type: str | None = None,
+        list_method_tensors: Callable[[], Iterable[torch.Tensor]] = tuple,
     ) -> None:
-        """``get_engine_buffers`` is called on entry. Only storages on ``device_type`` are tracked, None for all."""
+        """``get_engine_buffers`` is called on entry. Only storages on ``device_type`` are tracked, None for all.
+
+        ``list_method_tensors`` returns tensors that the method keeps between steps and replaces in them.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.optimizer = optimizer
@@ -127,6 +131,7 @@ class MemoryTracker(TorchDispatchMode):
         self.get_step_part = get_step_part
         self.get_engine_buffers = get_engine_buffers
         self.device_type = device_type
+        self.list_method_tensors = list_method_tensors
         self._live_storages: dict[int, _TrackedStorage] = {}
         self._release_watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._event_log: list[tuple[_TrackedStorage, int, str, str | None]] = []
@@ -277,6 +282,8 @@ class MemoryTracker(TorchDispatchMode):
         for state in (*self.optimizer.state.values(), *groups):
             for tensor in iter_tensors(state.values()):
                 self._track(tensor, "optimizer_state")
+        for tensor in self.list_method_tensors():
+            self._track(tensor, "optimizer_state")
 
     def _track(self, tensor: torch.Tensor, category: MemoryCategory) -> _TrackedStorage | None:
         """Track the storage of ``tensor`` if it is new; a known one can become gradient or optimizer state."""

@@ -361,9 +361,11 @@ class Recipe(ConfigSection):
         return self
 
     @model_validator(mode="after")
-    def _check_warmup(self) -> Recipe:
+    def _check_steps(self) -> Recipe:
         steps = self.train.steps if self.method.is_trainable else None
         if steps is not None and (reason := why_warmup_is_too_long(self.schedule.warmup_steps, steps)):
+            raise ValueError(reason)
+        if steps is not None and (reason := self.method.why_steps_are_too_few(steps)):
             raise ValueError(reason)
         return self
 

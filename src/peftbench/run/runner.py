@@ -193,6 +193,7 @@ class Run:
                 compare_splits(state, examples, held_out)
                 evaluator = build_interval_evaluator(state, adapted_model, encoder, held_out, self.oom_handler.is_oom)
             self.train(adapted_model, examples, encoder.eos_token_id, encoder=encoder, interval_evaluator=evaluator)
+            state.notes += recipe.method.list_training_notes(adapted_model.model)
             if recipe.save_model:
                 with probe.phase("save"):
                     save_model(state, adapted_model)
@@ -350,6 +351,7 @@ class Run:
             memory_breakdown_step=profile.untimed_steps if profile.memory_breakdown and not is_resumed else None,
             gradient_checkpointing=adapted_model.gradient_checkpointing,
             get_engine_buffers=lambda: collect_engine_buffers(training.model, adapted_model.model, training.optimizer),
+            list_method_tensors=training.method_hooks.list_state_tensors,
         )
 
     @property

@@ -33,6 +33,7 @@ from peftbench.profiler.flops import FlopCost, NonLinearFlopsError, count_flops
 from peftbench.recipe.schema import why_warmup_is_too_long
 from peftbench.record import ParameterCounts
 from peftbench.training.data import as_numpy, build_collator
+from peftbench.training.method_hooks import NO_HOOKS, MethodHooks
 from peftbench.training.trial import try_method
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class TrainingComponents:
     """Store of the frozen backbone's hidden states, None without a feature cache."""
     notes: tuple[str, ...] = ()
     """Notes for the record."""
+    method_hooks: MethodHooks = NO_HOOKS
+    """Hooks of the method in each step and checkpoint."""
 
 
 def load_base_model(recipe: Recipe) -> LoadedModel:
@@ -282,8 +285,7 @@ def build_training(
     accelerator, settings = context.accelerator, recipe.train
     cost, unknown_reason, counter_complete = _count_flops(recipe, adapted_model, context)
     batches, steps = _build_batches(recipe, adapted_model.loss, examples, pad_token_id, context)
-    if reason := why_warmup_is_too_long(recipe.schedule.warmup_steps, steps):  # epochs are known as steps only now
-        raise OutOfRangeError(reason)
+    recipe.method.start_training(adapted_model.model, steps)
     cached = (
         open_feature_cache(recipe, adapted_model.base.model, adapted_model.loss, batches, accelerator)
         if settings.feature_cache
@@ -312,6 +314,7 @@ def build_training(
         counter_complete,
         start_step=partial(recipe.optimizer.start_step, inner_optimizer, seed=settings.seed),
         notes=(*_list_notes(recipe, inner_optimizer, len(examples)), *(cached.notes if cached else ())),
+        method_hooks=MethodHooks.bind(recipe.method, adapted_model.model),
     )
     if cached is not None:
         training = replace(training, loss=cached.loss, batches=cached.batches, feature_store=cached.loss.store)
@@ -356,6 +359,10 @@ def _build_batches(
     if settings.micro_batch_tokens is not None:
         batches = batches.limited_to_tokens(settings.micro_batch_tokens, steps)
         context.accelerator.gradient_accumulation_steps = batches.gradient_accumulation_steps
+    # Epochs are known as steps only now.
+    reason = why_warmup_is_too_long(recipe.schedule.warmup_steps, steps) or recipe.method.why_steps_are_too_few(steps)
+    if reason is not None:
+        raise OutOfRangeError(reason)
     return batches, steps
 
 
@@ -427,6 +434,7 @@ def _count_flops(
                 virtual_tokens=method.virtual_tokens,
                 gradient_checkpointing=adapted_model.gradient_checkpointing,
                 computes_all_logits=adapted_model.loss.computes_all_logits,
+                compute_penalty=partial(method.compute_penalty, model),
             )
     except Exception as error:  # a failed measurement must not end a run
         return None, f"FLOPs are unknown: {error or type(error).__name__}", isinstance(error, NonLinearFlopsError)

@@ -76,23 +76,31 @@ def train_step(
     batch: GlobalBatch,
     max_grad_norm: float | None,
     part: Callable[[str], AbstractContextManager[None]] = no_timer,
+    *,
+    step: int = 1,
 ) -> float:
-    """Run one optimizer step; return the mean loss (nats) over the labeled tokens of the global batch."""
+    """Run one optimizer step; return the mean loss (nats) over the labeled tokens of the global batch.
+
+    ``step`` is its number, counted from 1.
+    """
     # Engines average gradients over processes and accelerate averages over micro-batches; the scale turns that into
     # the mean over all labeled tokens.
     scale = get_dp_world_size(accelerator) * accelerator.gradient_accumulation_steps / batch.token_counts.labeled
     total = torch.zeros((), device=accelerator.device)
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(training.model):
-            with part("forward"), training.autocast(), training.activation_offload():
-                loss = training.loss(training.model, micro_batch.to(accelerator.device))
-            with part(training.backward_part):
-                accelerator.backward(loss * scale)
+            with part("forward"):
+                with training.autocast(), training.activation_offload():
+                    loss = training.loss(training.model, micro_batch.to(accelerator.device))
+                penalty = training.method_hooks.compute_penalty()
+            with part(training.backward_part):  # the averages of accelerate and the engine count the penalty once
+                accelerator.backward(loss * scale if penalty is None else loss * scale + penalty)
         total += loss.detach()
     with part("optimizer"):
         if max_grad_norm is not None:
             accelerator.clip_grad_norm_(training.model.parameters(), max_grad_norm)
         training.optimizer.step()
+        training.method_hooks.after_optimizer_step(step, was_skipped=accelerator.optimizer_step_was_skipped)
         training.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaler found an overflow and skipped the step
         training.lr_scheduler.step()
@@ -123,7 +131,9 @@ def train(
         training.start_step(progress.completed_steps)
         learning_rate = float(training.lr_scheduler.get_last_lr()[0])
         with probe.step():
-            loss = train_step(accelerator, training, batch, max_grad_norm, probe.part)
+            loss = train_step(
+                accelerator, training, batch, max_grad_norm, probe.part, step=progress.completed_steps + 1
+            )
         if not math.isfinite(loss):
             raise DivergedError(
                 progress.completed_steps + 1, f"the loss of step {progress.completed_steps + 1} is {loss}"

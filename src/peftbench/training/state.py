@@ -84,10 +84,12 @@ def load_state(
 
 
 def capture_weights(training: TrainingComponents, model: nn.Module) -> dict[str, Any]:
-    """Return this rank's trainable weights, and the float32 copies that DeepSpeed trains."""
+    """Return this rank's trainable weights, the float32 copies that DeepSpeed trains, and the method's state if any."""
+    method_state = training.method_hooks.capture_state()
     return {
         "weights": {name: _local_tensor(parameter) for name, parameter in _iter_trained_parameters(training, model)},
         "master_weights": deepspeed.master_weights(training.optimizer),
+        **({"method": method_state} if method_state else {}),
     }
 
 
@@ -105,6 +107,8 @@ def load_weights(state: dict[str, Any], training: TrainingComponents, model: nn.
         _copy_into(_local_tensor(parameter), state["weights"][name])
     for master, saved in zip(deepspeed.master_weights(training.optimizer), state["master_weights"], strict=True):
         _copy_into(master, saved)
+    if "method" in state:
+        training.method_hooks.load_state(state["method"])
 
 
 def _iter_trained_parameters(training: TrainingComponents, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -370,11 +371,13 @@ def _check_flops(subject: _Subject) -> tuple[str | None, bool]:
                 virtual_tokens=method.virtual_tokens,
                 gradient_checkpointing=False,
                 computes_all_logits=True,
+                compute_penalty=partial(method.compute_penalty, subject.model),
             )
         except UnsupportedFlopsError as error:
             return str(error), isinstance(error, NonLinearFlopsError)
         with FlopCounter() as counter:
-            loss(subject.model, batch).backward()
+            value, penalty = loss(subject.model, batch), method.compute_penalty(subject.model)
+            (value if penalty is None else value + penalty).backward()  # type: ignore[no-untyped-call]
     subject.model.zero_grad()
     if counter.total_flops is None:
         return "a kernel's FLOPs are unknown", False

@@ -24,7 +24,7 @@ from tests.helpers.peft_types import build_method
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RECIPE: dict[str, Any] = {"name": "run", "data": {"source": {"kind": "docstrings"}}, "train": {"steps": 1}}
+RECIPE: dict[str, Any] = {"name": "run", "data": {"source": {"kind": "docstrings"}}, "train": {"steps": 2}}
 IDS = torch.arange(1, 13)[None]
 
 

@@ -66,9 +66,9 @@ def trained_batches(monkeypatch: pytest.MonkeyPatch) -> list[GlobalBatch]:
     batches: list[GlobalBatch] = []
     original_step: Callable[..., float] = loop.train_step
 
-    def record_batch(accelerator: Any, trainer: Any, batch: GlobalBatch, *rest: Any) -> float:
+    def record_batch(accelerator: Any, trainer: Any, batch: GlobalBatch, *rest: Any, **kwargs: Any) -> float:
         batches.append(batch)
-        return original_step(accelerator, trainer, batch, *rest)
+        return original_step(accelerator, trainer, batch, *rest, **kwargs)
 
     monkeypatch.setattr(loop, "train_step", record_batch)
     return batches

@@ -35,9 +35,9 @@ def test_hardware_flops_match_torch_s_counter(method: Method, architecture: str,
     counts: list[int | None] = []
     original_step = peftbench.training.loop.train_step
 
-    def counted_step(*args: Any) -> float:
+    def counted_step(*args: Any, **kwargs: Any) -> float:
         with FlopCounter() as counter:
-            loss: float = original_step(*args)
+            loss: float = original_step(*args, **kwargs)
         counts.append(counter.total_flops)
         return loss
 

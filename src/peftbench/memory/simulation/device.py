@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, Self
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import _meta_registrations
 from torch.nn import functional
@@ -149,6 +150,8 @@ class DeviceEmulation(TorchFunctionMode):
             args, kwargs = self._cast_arguments(name, args, kwargs)
         if self.allow_fake_scalars and name in _FAKE_SCALARS and args[0].is_meta:
             return _FAKE_SCALARS[name]
+        if self.allow_fake_scalars and name == "tolist" and args[0].is_meta:
+            return np.ones(tuple(args[0].shape), dtype=int).tolist()
         if func is functional.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
         if func is functional.layer_norm and self.device_type == "cpu":

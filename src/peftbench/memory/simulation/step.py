@@ -47,6 +47,7 @@ from peftbench.training.build import (
 )
 from peftbench.training.data import build_collator
 from peftbench.training.loop import train_step
+from peftbench.training.method_hooks import MethodHooks
 from peftbench.training.trial import try_method
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class MemorySimulation:
                     check_generation(recipe, self.loaded_model)
                 adapted = apply_method(recipe, self.loaded_model, context)
         self.model, self.loss, self._method_notes = adapted.model, adapted.loss, adapted.notes
+        self.method_hooks = MethodHooks.bind(recipe.method, adapted.model)
         self.collator = build_collator(recipe, adapted.loss, pad_token_id=0)
         self.gradient_checkpointing = adapted.gradient_checkpointing
         if adapted.gradient_checkpointing:
@@ -213,7 +215,15 @@ class MemorySimulation:
                 self._contexts.enter_context(self.step_parts.fake_scalars)
             optimizer = self._build_optimizer()
             self.training = self._with_activation_offload(
-                TrainingComponents(self.model, self.loss, optimizer, schedule(optimizer), _empty_batches(), 2)
+                TrainingComponents(
+                    self.model,
+                    self.loss,
+                    optimizer,
+                    schedule(optimizer),
+                    _empty_batches(),
+                    2,
+                    method_hooks=self.method_hooks,
+                )
             )
             self._start_tracking()
             return
@@ -227,7 +237,13 @@ class MemorySimulation:
         prepared_model, optimizer, inner_optimizer = prepare_with_engine(step_recipe, self.model, context)
         self._enable_fused(unwrap_optimizer(optimizer))
         self.training = TrainingComponents(
-            prepared_model, self.loss, optimizer, schedule(inner_optimizer), _empty_batches(), 3
+            prepared_model,
+            self.loss,
+            optimizer,
+            schedule(inner_optimizer),
+            _empty_batches(),
+            3,
+            method_hooks=self.method_hooks,
         )
         if not context.engine_autocasts:
             self.training = replace(self.training, autocast=self.emulation.autocast)
@@ -259,6 +275,7 @@ class MemorySimulation:
                 else collect_engine_buffers(prepared_model, self.model, optimizer)
             ),
             device_type="meta" if self.device_type == "cuda" else None,  # for a GPU, host memory is not counted
+            list_method_tensors=self.method_hooks.list_state_tensors,
         )
         self._contexts.enter_context(self.memory_tracker)
 
@@ -322,8 +339,14 @@ class MemorySimulation:
         return self._flop_counter.total_flops * self.accumulation // self.num_micro_batches
 
     def _run_step(self, batch: GlobalBatch) -> None:
-        limit = self.recipe.train.max_grad_norm
-        train_step(self.accelerator, self.training, batch, limit, self.step_parts.part)  # type: ignore[arg-type]
+        train_step(
+            self.accelerator,
+            self.training,
+            batch,
+            self.recipe.train.max_grad_norm,
+            self.step_parts.part,  # type: ignore[arg-type]
+            step=self.recipe.method.simulated_step,
+        )
 
     def step_flops(self, batch_size: int, sequence_length: int, labeled_tokens: int) -> int | None:
         """Return the FLOPs of a batch of (batch_size, sequence_length) tokens, None without a closed form."""
@@ -345,6 +368,7 @@ class MemorySimulation:
                     virtual_tokens=self.recipe.method.virtual_tokens,
                     gradient_checkpointing=self.gradient_checkpointing,
                     computes_all_logits=self.loss.computes_all_logits,
+                    compute_penalty=self.method_hooks.compute_penalty,
                 )
         except UnsupportedFlopsError:
             return None
