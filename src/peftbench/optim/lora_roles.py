@@ -30,8 +30,8 @@ def find_lora_pairs(model: nn.Module) -> tuple[LoraPair, ...]:
     """Return the pairs of matrices A and B of LoRA in ``model``, in the order of its modules."""
     if not hasattr(model, "peft_config"):  # importing peft takes seconds
         return ()
+    from peft.tuners.adalora.layer import AdaLoraLayer
     from peft.tuners.lora.layer import LoraLayer
-    from torch import nn
 
     pairs = []
     layers: list[tuple[str, Any]] = [
@@ -42,7 +42,7 @@ def find_lora_pairs(model: nn.Module) -> tuple[LoraPair, ...]:
             if adapter in layer.lora_embedding_A:
                 a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
                 pairs.append(LoraPair(name, a, b, scaling, is_embedding=True, variant=None))
-            elif adapter in layer.lora_A and isinstance(layer.lora_A, nn.ModuleDict):  # AdaLoRA's are no modules
+            elif adapter in layer.lora_A and not isinstance(layer, AdaLoraLayer):  # its update is not B A
                 a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                 variant = _name_variant(layer, adapter)
                 pairs.append(LoraPair(name, a, b, scaling, is_embedding=False, variant=variant))
