@@ -47,12 +47,19 @@ def test_steps_change_exactly_the_trained_parameters(
 
 
 @every_case
-def test_frozen_backbone_has_no_trained_parameter_and_no_dropout(case: Case, make_bench: MakeBench) -> None:
+def test_frozen_part_has_no_trained_parameter_and_no_dropout(case: Case, make_bench: MakeBench) -> None:
     """Its hidden states can be cached. Any other backbone has a trained parameter or is in training mode."""
-    backbone = make_bench(case).base.base_model
+    bench = make_bench(case)
+    part, backbone = case.method.get_frozen_part(bench.model), bench.base.base_model
+    modules = part.list_modules(bench.base)
+    assert bool(modules) is not part.is_empty
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    assert not any(child.training for module in modules for child in module.modules())
     has_trained_parameter = any(parameter.requires_grad for parameter in backbone.parameters())
     has_training_mode = any(module.training for module in backbone.modules())
-    assert case.method.has_frozen_backbone is not (has_trained_parameter or has_training_mode)
+    assert part.is_backbone is not (has_trained_parameter or has_training_mode)
+    assert part.is_backbone or not case.method.has_frozen_backbone
+    assert part.is_empty or case.method.supports_feature_cache
 
 
 @every_case

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.helpers.paths import REPOSITORY
@@ -19,7 +20,6 @@ EPOCHS, STEPS = 3, 6
 ARGUMENTS = [
     "--config",
     "recipe.yaml",
-    "method.kind=last_layer",
     f"train.steps={STEPS}",
     "train.global_batch_size=4",
     "train.micro_batch_size=1",
@@ -27,7 +27,7 @@ ARGUMENTS = [
     "model.dropout=0.0",
     "optimizer.learning_rate=0.01",
 ]
-HEAD = "lm_head.weight"
+METHODS = ("last_layer", "last_blocks")
 
 
 def one_process(*arguments: str) -> list[str]:
@@ -61,9 +61,10 @@ def two_processes(engine: str, folder: Path, *arguments: str) -> list[str]:
     ]
 
 
-def load_head(folder: Path, name: str) -> object:
-    """Return the trained head of a run."""
-    return load_file(folder / "out" / name / "model" / "model.safetensors")[HEAD]
+def load_weights(folder: Path, name: str) -> torch.Tensor:
+    """Return the values of all weights that a run saved, trained ones and others."""
+    weights = load_file(folder / "out" / name / "model" / "model.safetensors")
+    return torch.cat([weights[key].flatten() for key in sorted(weights)])
 
 
 def find_stores(caches: dict[str, str]) -> list[Path]:
@@ -78,17 +79,20 @@ def own_cache(caches: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.slow) for name in ("cpu2", "zero1", "zero2")])
-def test_two_processes_share_one_store(engine: str, project: Path, own_cache: dict[str, str]) -> None:
-    """Losses, head and model FLOPs match one process without a cache, with a new store and with a complete one.
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["cpu2", "zero1", "zero2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_share_one_store(method: str, engine: str, project: Path, own_cache: dict[str, str]) -> None:
+    """Losses, weights and model FLOPs match one process without a cache, with a new store and with a complete one.
 
-    With ``zero2`` each process holds half of the gradients, averaged over micro-batches that skip the backbone.
+    With ``zero2`` each process holds half of the gradients, averaged over micro-batches that skip the frozen part.
     """
-    plain = run(one_process("name=plain"), project, own_cache)
+    kind = f"method.kind={method}"
+    plain = run(one_process(kind, "name=plain"), project, own_cache)
     assert plain.returncode == 0, plain.stderr
-    first = run(two_processes(engine, project, "train.feature_cache=fp32", "name=first"), REPOSITORY, own_cache)
+    first = run(two_processes(engine, project, kind, "train.feature_cache=fp32", "name=first"), REPOSITORY, own_cache)
     assert first.returncode == 0, first.stderr
-    second = run(two_processes(engine, project, "train.feature_cache=fp32", "name=second"), REPOSITORY, own_cache)
+    second = run(two_processes(engine, project, kind, "train.feature_cache=fp32", "name=second"), REPOSITORY, own_cache)
     assert second.returncode == 0, second.stderr
     records = {name: record_of(project, name) for name in ("plain", "first", "second")}
     expected = records["plain"]
@@ -100,8 +104,8 @@ def test_two_processes_share_one_store(engine: str, project: Path, own_cache: di
         assert record["quality"]["loss"] == pytest.approx(expected["quality"]["loss"], rel=1e-5)
         assert record["flops"]["model_flops"] == expected["flops"]["model_flops"]
         assert record["flops"]["counted_step"]["counted_flops"] == record["flops"]["counted_step"]["closed_form_flops"]
-        head, expected_head = load_head(project, name), load_head(project, "plain")
-        assert float((head - expected_head).norm()) < 1e-4 * float(expected_head.norm())  # type: ignore[operator,attr-defined]
+        weights, expected_weights = load_weights(project, name), load_weights(project, "plain")
+        assert float((weights - expected_weights).norm()) < 1e-4 * float(expected_weights.norm())
     hardware_flops = [records[name]["flops"]["hardware_flops"] for name in ("plain", "first", "second")]
     without, filling, reading = hardware_flops
     assert without - reading == EPOCHS * (filling - reading) > 0
@@ -111,10 +115,14 @@ def test_two_processes_share_one_store(engine: str, project: Path, own_cache: di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 4], ids=["in_the_first_epoch", "in_the_third"])
-def test_killed_run_with_feature_cache_resumes(after: int, project: Path, own_cache: dict[str, str]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_run_with_feature_cache_resumes(
+    method: str, after: int, project: Path, own_cache: dict[str, str]
+) -> None:
     """After SIGKILL the remaining steps match an undisturbed run."""
-    overrides = ("train.feature_cache=fp32", "checkpoint.interval=1")
-    plain = run(one_process("name=plain"), project, own_cache)
+    kind = f"method.kind={method}"
+    overrides = (kind, "train.feature_cache=fp32", "checkpoint.interval=1")
+    plain = run(one_process(kind, "name=plain"), project, own_cache)
     assert plain.returncode == 0, plain.stderr
     process = subprocess.Popen(
         one_process("name=killed", *overrides),
@@ -133,7 +141,7 @@ def test_killed_run_with_feature_cache_resumes(after: int, project: Path, own_ca
     record, expected = record_of(project, "killed"), record_of(project, "plain")
     assert record["resumed_after"][0] >= after
     assert record["step_losses"] == pytest.approx(expected["step_losses"], rel=1e-6)
-    head, expected_head = load_head(project, "killed"), load_head(project, "plain")
-    assert float((head - expected_head).norm()) < 1e-5 * float(expected_head.norm())  # type: ignore[operator,attr-defined]
+    weights, expected_weights = load_weights(project, "killed"), load_weights(project, "plain")
+    assert float((weights - expected_weights).norm()) < 1e-5 * float(expected_weights.norm())
     (store,) = find_stores(own_cache)
     assert (store / "durable").exists()

@@ -31,7 +31,9 @@ class GlobalBatch:
     model_flop_units: FlopUnits = field(default_factory=FlopUnits)
     """Work of training on these examples without padding, over all ranks."""
     hardware_flop_units: FlopUnits = field(default_factory=FlopUnits)
-    """Work that is executed, padding included, over all ranks."""
+    """Work of whole forward and backward passes, padding included, over all ranks."""
+    skipped_flop_units: FlopUnits = field(default_factory=FlopUnits)
+    """The part of ``hardware_flop_units`` that a frozen part did not execute, because its states were stored."""
 
     @property
     def max_shape(self) -> tuple[int, int]:
@@ -141,24 +143,29 @@ class Batches:
         if not self.collator.label_padding:
             examples.sort(key=lambda example: len(example[0]))
         local_batches: list[MicroBatch] = []
-        counts, required, executed = TokenCounts(), FlopUnits(), FlopUnits()
+        counts, required, executed, skipped = TokenCounts(), FlopUnits(), FlopUnits(), FlopUnits()
         # Micro-batches of similar length go to the ranks at the same time, so that no rank waits for another.
         for index, (start, stop) in enumerate(self._split_micro_batches([len(ids) for ids, _, _ in examples])):
             micro_batch = self.collate(examples[start:stop])
             counts += self.collator.count_tokens(micro_batch)
             required += self.collator.model_flop_units(micro_batch)
             executed += self.hardware_flop_units(micro_batch)
+            skipped += self.skipped_flop_units(micro_batch)
             if index % self.world_size == self.rank:
                 local_batches.append(micro_batch)
-        return GlobalBatch(tuple(local_batches), counts, required, executed)
+        return GlobalBatch(tuple(local_batches), counts, required, executed, skipped)
 
     def collate(self, examples: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> MicroBatch:
         """Collate examples, each given as token ids, label spans and index."""
         return self.collator.collate(*zip(*examples, strict=True))
 
     def hardware_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
-        """Return the work that this micro-batch executes."""
+        """Return the work of a whole forward and backward pass of this micro-batch."""
         return self.collator.hardware_flop_units(micro_batch)
+
+    def skipped_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
+        """Return the part of that work that a frozen part does not execute: none without stored states."""
+        return FlopUnits()
 
     def _split_micro_batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Split into ranges that are balanced by tokens if ``num_micro_batches`` is set, else by examples."""

@@ -1,1 +1,1 @@
-"""Stores a frozen backbone's hidden states on disk, so that later epochs compute the output head alone."""
+"""Stores hidden states above the frozen part of a model on disk, so that later epochs compute only what is trained."""

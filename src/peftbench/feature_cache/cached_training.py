@@ -1,4 +1,4 @@
-"""Train over a frozen backbone's stored hidden states: each example passes the backbone once, then only the head.
+"""Train over a frozen part's stored hidden states: each example passes the frozen part once, then what is above.
 
 The order of examples, the steps and all counts stay the same. Every rank derives from the batch order which examples an
 earlier step has computed on any rank, so ranks agree on what to compute without communication: the all-reduce at the
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,40 +21,30 @@ from tqdm.auto import tqdm
 from peftbench.data.batches import Batches, GlobalBatch
 from peftbench.data.collate import FlopUnits, MicroBatch
 from peftbench.distributed.collectives import broadcast_from_main
-from peftbench.errors import UnsupportedModelError
+from peftbench.feature_cache.cut import Cut, build_cut
 from peftbench.feature_cache.key import build_cache_key, hash_encoded_examples
-from peftbench.feature_cache.store import STORAGE_DTYPES, FeatureStore, StoreLayout, describe_store, open_store
-from peftbench.modeling.loss import CausalLMLoss, LabeledLogitsLoss, select_positions
+from peftbench.feature_cache.store import FeatureStore, StoreLayout, describe_store, open_store
+from peftbench.modeling.loss import CausalLMLoss
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
+    from peftbench.distributed.accelerator import AcceleratorContext
+    from peftbench.methods.frozen_part import FrozenPart
     from peftbench.recipe.schema import Recipe
 
 
 class CachedFeatureLoss(CausalLMLoss):
-    """Loss of a model that skips its backbone where the hidden states are stored.
+    """Loss of a model that skips everything below a cut where the hidden states are stored.
 
-    The whole model is called either way, inside the engine's wrappers, so gradients are averaged as usual and whatever
-    the model does to its logits is done. The backbone's forward pass is replaced: it returns a cached one-token output,
-    and the head receives the stored states. Computed states are rounded to the stored dtype too, so a step's loss does
-    not depend on whether its states were computed or loaded.
+    Computed states are rounded to the stored dtype too, so a step's loss does not depend on whether its states were
+    computed or loaded.
     """
 
-    computes_all_logits = False
-
-    def __init__(self, inner: LabeledLogitsLoss, store: FeatureStore) -> None:
+    def __init__(self, inner: CausalLMLoss, store: FeatureStore, cut: Cut) -> None:
         self.base, self.mask_reason, self.uses_masks = inner.base, inner.mask_reason, inner.uses_masks
-        self.inner, self.store = inner, store
-        self._step_inputs: _StepInputs | None = None
-        backbone: nn.Module = inner.base.base_model
-        with torch.no_grad():
-            token = torch.zeros((1, 1), dtype=torch.long, device=inner.base.device)
-            self._single_token_output = backbone(input_ids=token, use_cache=False)
-        self._backbone_forward = backbone.forward
-        backbone.forward = self._forward_backbone_or_skip
-        inner.select_positions = self._select_features
+        self.computes_all_logits = inner.computes_all_logits
+        self.inner, self.store, self.cut = inner, store, cut
 
     def attention_context(self) -> AbstractContextManager[None]:
         return self.inner.attention_context()
@@ -62,41 +53,18 @@ class CachedFeatureLoss(CausalLMLoss):
         return self.inner.logits(model, batch)
 
     def __call__(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        with self._use_store(batch):
+            return self.inner(model, batch)
+
+    def _use_store(self, batch: MicroBatch) -> AbstractContextManager[None]:
+        """Return the context in which the states of ``batch`` are computed, saved or loaded."""
         if batch.feature_mode == "recompute":
-            return self.inner(model, batch)
+            return nullcontext()
+        if batch.feature_mode == "save":
+            return self.cut.save(batch, self.store.layout.dtype, partial(self.store.write, batch.example_indices))
         device = batch.targets.device
-        features = None
-        if batch.feature_mode == "load":
-            stored = self.store.read(batch.example_indices, pin_memory=device.type == "cuda")
-            features = stored.to(device, non_blocking=True).float()
-        self._step_inputs = _StepInputs(batch, features)
-        try:
-            return self.inner(model, batch)
-        finally:
-            self._step_inputs = None
-
-    def _forward_backbone_or_skip(self, *args: Any, **kwargs: Any) -> Any:
-        if self._step_inputs is not None and self._step_inputs.features is not None:
-            return self._single_token_output
-        return self._backbone_forward(*args, **kwargs)
-
-    def _select_features(self, hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Tensor:
-        if self._step_inputs is None:
-            return select_positions(hidden, predictors)
-        if self._step_inputs.features is not None:
-            return self._step_inputs.features
-        computed = select_positions(hidden, predictors)
-        self.store.write(self._step_inputs.batch.example_indices, computed)
-        return computed.to(STORAGE_DTYPES[self.store.layout.dtype]).float()
-
-
-@dataclass(frozen=True)
-class _StepInputs:
-    """Inputs of the micro-batch being computed."""
-
-    batch: MicroBatch
-    features: torch.Tensor | None
-    """Hidden states at labeled positions (labeled, width), float32; None if the backbone computes them."""
+        stored = self.store.read(batch.example_indices, pin_memory=device.type == "cuda")
+        return self.cut.load(batch, stored.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -119,11 +87,11 @@ class CachedFeatureBatches(Batches):
         is_cached = bool(self.cached_mask[list(micro_batch.example_indices)].all())
         return replace(micro_batch, feature_mode="load" if is_cached else "save")
 
-    def hardware_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
-        """Return the FLOP units that are computed; only the head's if the backbone is skipped."""
+    def skipped_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
+        """Return the work that the frozen part does not execute: all of it if its states are loaded."""
         if micro_batch.feature_mode == "load":
-            return FlopUnits(labeled=len(micro_batch.targets))
-        return super().hardware_flop_units(micro_batch)
+            return self.hardware_flop_units(micro_batch)
+        return super().skipped_flop_units(micro_batch)
 
 
 @dataclass(frozen=True)
@@ -136,35 +104,37 @@ class CachedTraining:
 
 
 def open_feature_cache(
-    recipe: Recipe, base: PreTrainedModel, loss: CausalLMLoss, batches: Batches, accelerator: Accelerator
+    recipe: Recipe,
+    base: PreTrainedModel,
+    part: FrozenPart,
+    loss: CausalLMLoss,
+    batches: Batches,
+    *,
+    context: AcceleratorContext,
 ) -> CachedTraining:
-    """Open or create the store of this backbone's hidden states; a collective: all ranks must call it.
+    """Open or create the store of the hidden states above a frozen part; a collective: all ranks must call it.
 
     Logs the store's size on standard error before creating it.
 
     Raises:
-        UnsupportedModelError: the model has no backbone separate from its head.
+        UnsupportedModelError: stored states do not replace the frozen part of this model.
         OutputError, DiskFullError: the store's folder is not writable or the disk is too full.
     """
     dtype = recipe.train.feature_cache
     assert dtype is not None, "train.feature_cache is set"
-    if not isinstance(loss, LabeledLogitsLoss) or base.base_model is base:
-        raise UnsupportedModelError(
-            f"{base.config.model_type} has no backbone separate from its head, so its states cannot be cached; set "
-            "train.feature_cache=null"
-        )
-
-    backbone: nn.Module = base.base_model
-    assert not backbone.training, "dropout would change the hidden states in each epoch"
-    assert not any(parameter.requires_grad for parameter in backbone.parameters()), "so would trainable weights"
+    cut = build_cut(base, part, loss, context.autocast)
+    for module in part.list_modules(base):
+        assert not any(child.training for child in module.modules()), "dropout would change the states in each epoch"
+        assert not any(parameter.requires_grad for parameter in module.parameters()), "so would trainable weights"
+    accelerator = context.accelerator
 
     def log(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
     def open_on_main() -> tuple[dict[str, Any], StoreLayout, torch.Tensor]:
-        examples_hash, label_counts = hash_encoded_examples(batches.dataset)
-        cache_key = build_cache_key(recipe, base, examples_hash, accelerator.device, uses_masks=loss.uses_masks)
-        layout = StoreLayout(label_counts, loss.head.get_parameter("weight").shape[-1], dtype)
+        examples_hash, counts = hash_encoded_examples(batches.dataset)
+        cache_key = build_cache_key(recipe, base, part, examples_hash, accelerator.device, uses_masks=loss.uses_masks)
+        layout = StoreLayout(counts[cut.position_kind], cut.hidden_size, dtype, cut.position_kind)
         return cache_key, layout, open_store(cache_key, layout, log).completed_mask()
 
     # Read once for all ranks: another run may write meanwhile, and then ranks would disagree on what to compute.
@@ -173,7 +143,7 @@ def open_feature_cache(
     settings = {item.name: getattr(batches, item.name) for item in fields(batches)}
     note = (
         f"{describe_store(layout, store.directory)}, in {dtype}: {int(cached_mask.sum()):,} of {layout.num_examples:,} "
-        "examples were cached before the first step; the others are computed once"
+        f"examples were cached before the first step; the others are computed once; {part.describe()}"
     )
     cached_batches = CachedFeatureBatches(**settings, cached_mask=cached_mask)
-    return CachedTraining(CachedFeatureLoss(loss, store), cached_batches, (note,))
+    return CachedTraining(CachedFeatureLoss(loss, store, cut), cached_batches, (note,))

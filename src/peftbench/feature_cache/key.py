@@ -16,10 +16,11 @@ import torch
 from peftbench.data.encode import count_labels
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from peftbench.data.batches import EncodedExamples
+    from peftbench.feature_cache.store import PositionKind
+    from peftbench.methods.frozen_part import FrozenPart
     from peftbench.recipe.schema import Recipe
 
 _EXAMPLES_PER_BLOCK = 1000  # examples per read
@@ -28,9 +29,15 @@ _PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dty
 
 
 def build_cache_key(
-    recipe: Recipe, base: PreTrainedModel, examples_hash: str, device: torch.device, *, uses_masks: bool
+    recipe: Recipe,
+    base: PreTrainedModel,
+    part: FrozenPart,
+    examples_hash: str,
+    device: torch.device,
+    *,
+    uses_masks: bool,
 ) -> dict[str, Any]:
-    """Return the cache key of a recipe's frozen backbone over examples with hash ``examples_hash``.
+    """Return the cache key of the frozen ``part`` of ``base`` over examples with hash ``examples_hash``.
 
     ``uses_masks``: attention is transformers' own, with masks.
     """
@@ -39,7 +46,8 @@ def build_cache_key(
         "architecture": type(base).__qualname__,
         "code": hashlib.blake2b(Path(inspect.getfile(type(base))).read_bytes(), digest_size=16).hexdigest(),
         "config": hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16).hexdigest(),
-        "weights": hash_backbone(base),
+        "part": part.name,
+        "weights": hash_frozen_part(base, part),
         "examples_hash": examples_hash,
         "precision": recipe.train.resolved_precision,
         "attention": recipe.model.attention,
@@ -54,30 +62,39 @@ def build_cache_key(
     }
 
 
-def hash_backbone(base: PreTrainedModel) -> str:
-    """Return a hash of every parameter and buffer except the head's: names, dtypes, shapes and bytes."""
-    head: nn.Module | None = base.get_output_embeddings()
-    excluded = set() if head is None else {id(tensor) for tensor in itertools.chain(head.parameters(), head.buffers())}
+def hash_frozen_part(base: PreTrainedModel, part: FrozenPart) -> str:
+    """Return a hash of the parameters and buffers that states may depend on: names, dtypes, shapes and bytes.
+
+    Those of modules that run above the part only are excluded, unless another module shares them.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(itertools.chain(base.named_parameters(), base.named_buffers())):
-        if id(tensor) not in excluded:
+    for module_name, module in sorted(base.named_modules(), key=lambda item: item[0]):
+        if part.is_above(module_name):
+            continue
+        tensors = itertools.chain(
+            module.named_parameters(module_name, recurse=False), module.named_buffers(module_name, recurse=False)
+        )
+        for name, tensor in sorted(tensors, key=lambda item: item[0]):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def hash_encoded_examples(examples: EncodedExamples) -> tuple[str, torch.Tensor]:
-    """Return a hash of all token ids and label spans, and the number of labeled positions per example (int64)."""
+def hash_encoded_examples(examples: EncodedExamples) -> tuple[str, dict[PositionKind, torch.Tensor]]:
+    """Return a hash of all token ids and label spans, and the numbers of positions per example by kind (int64)."""
     digest = hashlib.blake2b(digest_size=16)
-    counts: list[int] = []
+    labeled: list[int] = []
+    real: list[int] = []
     for start in range(0, len(examples), _EXAMPLES_PER_BLOCK):
         block = examples[list(range(start, min(start + _EXAMPLES_PER_BLOCK, len(examples))))]
         ids, spans = block["input_ids"], [[int(end) for end in row] for row in block["label_spans"]]
         for rows in (ids, spans):
             for numbers in ((len(row) for row in rows), itertools.chain.from_iterable(rows)):
                 digest.update(_as_bytes(numbers))
-        counts += map(count_labels, spans)
-    return digest.hexdigest(), torch.tensor(counts, dtype=torch.int64)
+        labeled += map(count_labels, spans)
+        real += map(len, ids)
+    counts: dict[PositionKind, list[int]] = {"labeled": labeled, "real": real}
+    return digest.hexdigest(), {kind: torch.tensor(values, dtype=torch.int64) for kind, values in counts.items()}
 
 
 def _as_bytes(numbers: Iterable[int]) -> memoryview:

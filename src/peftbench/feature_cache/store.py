@@ -1,4 +1,4 @@
-"""Disk store of a frozen backbone's hidden states at the labeled positions of each training example.
+"""Disk store of hidden states at the stored positions of each training example.
 
 A folder with three files: ``features``, the rows of all examples in order; ``completed``, one byte per example, 1 once
 its rows are written; and ``metadata.json``, the cache key and layout. An empty file ``durable`` marks a store that was
@@ -27,9 +27,11 @@ from peftbench.common.units import format_bytes
 from peftbench.data.cache_usage import FEATURES_FOLDER
 from peftbench.errors import DiskFullError, OutputError
 
+PositionKind = Literal["labeled", "real"]
+"""The positions of an example that are stored: those that predict a label, or all of its tokens."""
 StorageDtype = Literal["fp32", "bf16"]
 STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_FORMAT_VERSION = 2  # part of the folder name: raise it when the files or the cache key change
+_FORMAT_VERSION = 3  # part of the folder name: raise it when the files or the cache key change
 _FEATURES_FILE, _COMPLETED_FILE, _METADATA_FILE, _DURABLE_FILE = (
     "features",
     "completed",
@@ -44,22 +46,23 @@ _BLOCK_BYTES = 1 << 22
 class StoreLayout:
     """Position of each example's rows in the store."""
 
-    label_counts: torch.Tensor
-    """Labeled positions per example, int64."""
+    row_counts: torch.Tensor
+    """Stored positions per example, int64."""
     hidden_size: int
     """Width of a hidden state."""
     dtype: StorageDtype
+    position_kind: PositionKind = "labeled"
     offsets: torch.Tensor = field(init=False)
     """First row of each example, followed by the total number of rows."""
 
     def __post_init__(self) -> None:
-        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.label_counts.cumsum(0)))
+        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.row_counts.cumsum(0)))
         object.__setattr__(self, "offsets", offsets)
 
     @property
     def num_examples(self) -> int:
         """Number of examples."""
-        return len(self.label_counts)
+        return len(self.row_counts)
 
     @property
     def num_positions(self) -> int:
@@ -99,11 +102,9 @@ class FeatureStore:
 
         Examples that are already stored are not overwritten: another process may be reading them.
         """
-        counts = self.layout.label_counts[list(examples)].tolist()
+        counts = self.layout.row_counts[list(examples)].tolist()
         if sum(counts) != len(features):
-            raise ValueError(
-                f"got {len(features)} hidden states for the {sum(counts)} labeled positions of these examples"
-            )
+            raise ValueError(f"got {len(features)} hidden states for the {sum(counts)} positions of these examples")
         parts = features.detach().to(STORAGE_DTYPES[self.layout.dtype]).cpu().split(counts)
         for example, part in zip(examples, parts, strict=True):
             if not self._completed[example]:
@@ -178,6 +179,7 @@ def open_store(cache_key: Mapping[str, Any], layout: StoreLayout, log: Callable[
         "cache_key": dict(cache_key),
         "num_examples": layout.num_examples,
         "num_positions": layout.num_positions,
+        "position_kind": layout.position_kind,
         "hidden_size": layout.hidden_size,
         "dtype": layout.dtype,
     }
@@ -198,7 +200,8 @@ def open_store(cache_key: Mapping[str, Any], layout: StoreLayout, log: Callable[
 def describe_store(layout: StoreLayout, directory: Path) -> str:
     """Return a sentence with the store's size and folder."""
     return (
-        f"hidden states of {layout.num_positions:,} labeled positions take {format_bytes(layout.nbytes)} in {directory}"
+        f"hidden states of {layout.num_positions:,} {layout.position_kind} positions take "
+        f"{format_bytes(layout.nbytes)} in {directory}"
     )
 
 

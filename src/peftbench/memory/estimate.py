@@ -223,7 +223,7 @@ def _build_notes(
     if paged_bytes:
         notes.append(f"the driver can page out up to {format_bytes(paged_bytes)} of optimizer state to host memory")
     if recipe.train.feature_cache is not None:
-        notes.append("assumes steps that compute the backbone; steps that read the feature cache need less")
+        notes.append("assumes steps that compute the frozen part; steps that read the feature cache need less")
     if not facts.calibrated:
         notes.append("uncalibrated: context and workspaces were not measured on this device")
     return tuple(notes)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from peftbench.methods.frozen_part import FrozenPart
+
 
 class Target(NamedTuple):
     """Expected or predicted text of an example; for a task with choices also the index of the choice."""
@@ -93,11 +95,15 @@ class Method(ConfigSection):
 
     @property
     def has_frozen_backbone(self) -> bool:
-        """True if everything below the output head is frozen and runs without dropout in every step.
+        """True if everything below the output head is frozen on every model, so that the backward pass ends there.
 
-        The backward pass then ends at the head, and the backbone's features of an example are the same in every epoch,
-        so that they can be computed once (``train.feature_cache``).
+        :meth:`get_frozen_part` returns what is frozen in one model.
         """
+        return False
+
+    @property
+    def supports_feature_cache(self) -> bool:
+        """True if it has a frozen part on some models, whose hidden states ``train.feature_cache`` may store."""
         return False
 
     @property
@@ -127,6 +133,15 @@ class Method(ConfigSection):
     def replaces_conv1d(self, config: PreTrainedConfig) -> bool:
         """True if it replaces the Conv1D layers of an architecture, so that its adapter needs Linear layers."""
         return False
+
+    def get_frozen_part(self, model: nn.Module) -> FrozenPart:
+        """Return the part of the applied model below everything that is trained.
+
+        Its hidden states of an example are the same in every epoch, so that they can be computed once.
+        """
+        from peftbench.methods.frozen_part import FrozenPart
+
+        return FrozenPart(obstacle=f"{self.kind} trains in every block")
 
     def set_training(self, model: nn.Module) -> None:
         """Set the applied model to the mode in which it is trained."""

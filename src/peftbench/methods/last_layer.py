@@ -12,7 +12,6 @@ from peftbench.errors import UnsupportedModelError
 from peftbench.methods.selection import ParameterSelection, get_output_head, list_head_names, list_named_parameters
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 GPT2_BLOCK_PREFIX = "transformer.h."
@@ -31,6 +30,10 @@ class LastLayer(ParameterSelection):
         return self.head == "untied"
 
     @property
+    def supports_feature_cache(self) -> bool:
+        return self.has_frozen_backbone
+
+    @property
     def has_separate_head(self) -> bool:
         return self.head == "untied"
 
@@ -45,10 +48,6 @@ class LastLayer(ParameterSelection):
                 f"from {base.name_or_path!r} does not; use method.head=untied"
             )
         return list_head_names(base)
-
-    def set_training(self, model: nn.Module) -> None:
-        # No dropout in a frozen backbone: its features are the same in every epoch and in evaluation.
-        model.train(not self.has_frozen_backbone)
 
 
 def _select_outside_gpt2_blocks(base: PreTrainedModel) -> list[str]:

@@ -16,11 +16,20 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from peftbench.methods.frozen_part import FrozenPart
+
+_FROZEN_PART = "frozen_part"
+"""Attribute of the applied model that keeps its frozen part, which takes a forward pass to find."""
+
 
 class ParameterSelection(Method):
     """Train the parameters that :meth:`select_names` returns; everything else is frozen."""
 
     family: ClassVar[str] = "select"
+
+    @property
+    def supports_feature_cache(self) -> bool:
+        return True
 
     @property
     def has_separate_head(self) -> bool:
@@ -51,7 +60,18 @@ class ParameterSelection(Method):
         freeze(base.parameters())
         for name in names:
             base.get_parameter(name).requires_grad_(True)
+        vars(base).pop(_FROZEN_PART, None)
         return base
+
+    def get_frozen_part(self, model: nn.Module) -> FrozenPart:
+        if _FROZEN_PART not in vars(model):
+            vars(model)[_FROZEN_PART] = _find_frozen_part(model)  # type: ignore[arg-type]
+        part: FrozenPart = vars(model)[_FROZEN_PART]
+        return part
+
+    def set_training(self, model: nn.Module) -> None:
+        # No dropout in the frozen part: its states are the same in every epoch, and those of evaluation.
+        self.get_frozen_part(model).set_training(model)
 
     def list_notes(self, base: PreTrainedModel) -> list[str]:
         """Return a note for each trained parameter that the model uses under several names."""
@@ -66,6 +86,18 @@ class ParameterSelection(Method):
             for key, names in names_by_id.items()
             if key in selected and len(names) > 1
         ]
+
+
+def _find_frozen_part(base: PreTrainedModel) -> FrozenPart:
+    """Return the frozen part of a model to which a selection is applied."""
+    from peftbench.methods.frozen_part import find_frozen_part
+
+    blocks: list[tuple[str, nn.Module]] | str
+    try:
+        blocks = find_blocks(base)
+    except UnsupportedModelError:
+        blocks = f"{base.config.model_type} has several lists of transformer blocks or none"
+    return find_frozen_part(base, blocks)
 
 
 def list_named_parameters(base: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class CausalLMLoss:
     """Computes the logits of all positions and selects the labeled ones."""
 
-    computes_all_logits: ClassVar[bool] = True
+    computes_all_logits: bool = True
     """True if the head computes logits at all positions."""
 
     def __init__(self, base: PreTrainedModel, *, use_masks: bool = False, mask_reason: str | None = None) -> None:

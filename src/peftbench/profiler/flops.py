@@ -21,9 +21,9 @@ recomputation: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,6 +55,8 @@ class MatmulCost:
     """Index of the transformer block that contains it, which gradient checkpointing recomputes; None outside."""
     model_unit: FlopUnit | None = None
     """The unit for model FLOPs, if hardware FLOPs use another."""
+    is_frozen: bool = False
+    """True if it is in the frozen part of the model, whose states may be stored."""
 
 
 def _get_unit_count(unit: FlopUnit, flop_units: FlopUnits) -> int:
@@ -86,12 +88,16 @@ class FlopCost:
             if p.unit not in _HARDWARE_ONLY
         )
 
-    def compute_hardware_flops(self, flop_units: FlopUnits) -> int:
-        """Return the FLOPs that training executes."""
+    def compute_hardware_flops(self, flop_units: FlopUnits, skipped: FlopUnits | None = None) -> int:
+        """Return the FLOPs that training executes; the frozen part does not execute the ``skipped`` work."""
         once = sum(
             (p.forward_flops + p.hardware_backward_flops) * _get_unit_count(p.unit, flop_units) for p in self.matmuls
         )
-        return once + sum(p.forward_flops * _get_unit_count(p.unit, flop_units) for p in self.recomputed_matmuls)
+        recomputed = sum(p.forward_flops * _get_unit_count(p.unit, flop_units) for p in self.recomputed_matmuls)
+        if skipped is None:
+            return once + recomputed
+        frozen = (p for p in self.matmuls if p.is_frozen)
+        return once + recomputed - sum(p.forward_flops * _get_unit_count(p.unit, skipped) for p in frozen)
 
 
 class UnsupportedFlopsError(Exception):
@@ -117,11 +123,13 @@ def count_flops(
     gradient_checkpointing: bool,
     computes_all_logits: bool,
     compute_penalty: Callable[[], object] = lambda: None,
+    frozen_modules: Sequence[nn.Module] = (),
 ) -> FlopCost:
     """List the matrix products of ``model``, which a method built from ``base_model``, in one short forward pass.
 
     ``computes_all_logits``: the head computes all positions in training, instead of only labeled ones.
     ``compute_penalty`` computes what the method adds to the loss of each micro-batch.
+    ``frozen_modules`` are the modules of the frozen part, which have no backward pass.
 
     Raises:
         UnsupportedFlopsError: it has a kind of product that is unknown here.
@@ -132,7 +140,13 @@ def count_flops(
         base_model, _NUM_TRACE_TOKENS + virtual_tokens, head_unit="position" if computes_all_logits else "label"
     )
     tokens = torch.zeros((1, _NUM_TRACE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
-    with torch.enable_grad(), _track_blocks(base_model, trace), _record_quantized_layers(base_model, trace), trace:
+    with (
+        torch.enable_grad(),
+        _track_blocks(base_model, trace),
+        _track_frozen_modules(frozen_modules, trace),
+        _record_quantized_layers(base_model, trace),
+        trace,
+    ):
         model(input_ids=tokens, use_cache=False)
         compute_penalty()
     return FlopCost(
@@ -151,6 +165,22 @@ def _track_blocks(base_model: PreTrainedModel, tracer: _MatmulTracer) -> Iterato
     blocks = [module for module in base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     handles = [block.register_forward_pre_hook(set_block(number)) for number, block in enumerate(blocks)]
     handles += [block.register_forward_hook(lambda *_: setattr(tracer, "block_index", None)) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _track_frozen_modules(modules: Sequence[nn.Module], tracer: _MatmulTracer) -> Iterator[None]:
+    """Set ``tracer.is_frozen`` while one of ``modules`` runs."""
+
+    def set_frozen(value: bool) -> Any:
+        return lambda *_: setattr(tracer, "is_frozen", value)
+
+    handles = [module.register_forward_pre_hook(set_frozen(True)) for module in modules]
+    handles += [module.register_forward_hook(set_frozen(False)) for module in modules]
     try:
         yield
     finally:
@@ -246,6 +276,8 @@ class _MatmulTracer(TorchFunctionMode):
         self.head_weight = None if head is None else head.weight
         self.num_positions = num_positions
         self.block_index: int | None = None
+        self.is_frozen = False
+        """True inside the frozen part."""
         self.is_muted = False
         """True inside a layer whose product is already recorded."""
         self._multiplied_weights: set[tuple[int | None, int, int]] = set()
@@ -293,7 +325,8 @@ class _MatmulTracer(TorchFunctionMode):
         """Record a call in the current block; ``is_saving``: it saves a tensor to compute a gradient."""
         if is_saving:
             self._last_saves[self.block_index] = len(self._recorded_calls)
-        self._recorded_calls.append((self.block_index, matmuls))
+        recorded = [replace(cost, is_frozen=True) for cost in matmuls] if self.is_frozen else matmuls
+        self._recorded_calls.append((self.block_index, recorded))
 
     def _find_matmuls(self, func: Any, name: str, args: Any, kwargs: Any) -> list[MatmulCost]:
         builders: dict[str, Callable[..., MatmulCost]] = {

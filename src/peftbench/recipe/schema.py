@@ -139,7 +139,7 @@ class Train(ConfigSection):
     activation_offloading: bool = False
     """Offload activations to CPU memory until the backward pass: much less GPU memory, limited by the bus's speed."""
     feature_cache: Literal["fp32", "bf16"] | None = None
-    """Cache a frozen backbone's hidden states on disk in this dtype; later epochs read them. null: no cache."""
+    """Cache the states above the frozen part on disk in this dtype; later epochs read them. null: no cache."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are clipped. null: no clipping."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -382,16 +382,19 @@ class Recipe(ConfigSection):
     def _check_feature_cache(self) -> Recipe:
         if self.train.feature_cache is None:
             return self
-        if not self.method.has_frozen_backbone:
+        if not self.method.supports_feature_cache:
             raise ValueError(
-                f"train.feature_cache={self.train.feature_cache} needs a method that trains only a head on a frozen "
-                f"backbone, and this {self.method.kind} does not; use last_layer with method.head=untied, or set "
-                "train.feature_cache=null"
+                f"train.feature_cache={self.train.feature_cache} needs a method that trains the base model above a "
+                f"frozen part, and this {self.method.kind} does not; use last_blocks, select, or last_layer with "
+                "method.head=untied, or set train.feature_cache=null"
             )
-        if self.data.label_padding or self.train.logits == "all":
-            conflict = "data.label_padding=true" if self.data.label_padding else "train.logits=all"
+        conflict = "data.label_padding=true" if self.data.label_padding else None
+        if self.train.logits == "all" and self.method.has_frozen_backbone:
+            conflict = conflict or "train.logits=all"
+        if conflict is not None:
+            positions = "labeled positions" if self.method.has_frozen_backbone else "real tokens"
             raise ValueError(
-                f"train.feature_cache stores hidden states of labeled positions only, and {conflict} needs more; "
+                f"train.feature_cache stores hidden states of {positions} only, and {conflict} needs more; "
                 "set one of the two to its default"
             )
         return self

@@ -165,11 +165,15 @@ def _build_flops(state: RunState, counted_flops: int | None) -> Flops:
     cost, progress = state.training.flop_cost, state.progress
     counted_step = None
     if counted_flops is not None:
-        closed_form = cost.compute_hardware_flops(progress.step_executed[FLOP_COUNT_STEP - 1]) if cost else None
+        index = FLOP_COUNT_STEP - 1
+        units = progress.step_executed[index], progress.step_skipped[index]
+        closed_form = cost.compute_hardware_flops(*units) if cost else None
         counted_step = CountedStep(step=FLOP_COUNT_STEP, counted_flops=counted_flops, closed_form_flops=closed_form)
     return Flops(
         model_flops=sum(map(cost.compute_model_flops, progress.step_required)) if cost else None,
-        hardware_flops=sum(map(cost.compute_hardware_flops, progress.step_executed)) if cost else None,
+        hardware_flops=(
+            sum(map(cost.compute_hardware_flops, progress.step_executed, progress.step_skipped)) if cost else None
+        ),
         six_n=6 * state.adapted_model.six_n_parameters * progress.token_counts.padded,
         counted_step=counted_step,
     )
@@ -182,7 +186,8 @@ def _build_compute(state: RunState, matmul_flops: float | None) -> Compute:
     cost, progress = state.training.flop_cost, state.progress
     peak = get_peak_flops(describe_device(state.accelerator).name, state.recipe.train.resolved_precision)
     model_flops = sum(map(cost.compute_model_flops, _select_timed_steps(state, progress.step_required)))
-    hardware_flops = sum(map(cost.compute_hardware_flops, _select_timed_steps(state, progress.step_executed)))
+    executed, skipped = (_select_timed_steps(state, units) for units in (progress.step_executed, progress.step_skipped))
+    hardware_flops = sum(map(cost.compute_hardware_flops, executed, skipped))
     return Compute(
         model_flops_per_second=model_flops / seconds,
         hardware_flops_per_second=hardware_flops / seconds,

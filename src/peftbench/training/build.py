@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from peftbench.distributed import deepspeed
 from peftbench.distributed.accelerator import AcceleratorContext, verify_engine_config
 from peftbench.errors import ModelError, OutOfRangeError, UnsupportedModelError
 from peftbench.feature_cache.cached_training import open_feature_cache
+from peftbench.methods.frozen_part import FrozenPart
 from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.modeling.frozen_weights import convert_frozen_weights
@@ -60,6 +61,8 @@ class AdaptedModel:
     loss: CausalLMLoss
     merges_into_base: bool | None = None
     """True if the adapter can be merged into the base model's weights; None if the method trains the base itself."""
+    frozen_part: FrozenPart = field(default_factory=FrozenPart)
+    """The part of the base model below everything that is trained."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class TrainingComponents:
     start_step: Callable[[int], None] = lambda _step: None
     """Chooses the parameters that a step (counted from 0) trains."""
     feature_store: FeatureStore | None = None
-    """Store of the frozen backbone's hidden states, None without a feature cache."""
+    """Store of the frozen part's hidden states, None without a feature cache."""
     notes: tuple[str, ...] = ()
     """Notes for the record."""
     method_hooks: MethodHooks = NO_HOOKS
@@ -163,13 +166,15 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     model = recipe.method.apply(base.model, base.tokenizer)
     if recipe.method.is_trainable:
         recipe.optimizer.prepare_model(model)
+    frozen_part = recipe.method.get_frozen_part(model)  # found by a forward pass, while all weights are of one type
+    _check_feature_cache(recipe, frozen_part)
     convert_frozen_weights(base.model, TORCH_DTYPES[recipe.frozen_dtype])
     parameters = ParameterCounts(
         total=total,
         trainable=_count_trained(recipe, base, model),
         added_frozen=_count_added(model, tensors_before),
     )
-    checkpointing = _enable_checkpointing(recipe, base, notes)
+    checkpointing = _enable_checkpointing(recipe, base, frozen_part, notes)
     if recipe.optimizer.weight_dtype == "bf16":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
@@ -197,6 +202,7 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
         six_n_parameters,
         loss,
         merges if recipe.method.keeps_base_frozen else None,
+        frozen_part,
     )
 
 
@@ -228,12 +234,26 @@ def _count_trained(recipe: Recipe, base: LoadedModel, model: nn.Module) -> int:
     return trained
 
 
-def _enable_checkpointing(recipe: Recipe, base: LoadedModel, notes: list[str]) -> bool:
+def _check_feature_cache(recipe: Recipe, part: FrozenPart) -> None:
+    """Check that a recipe with a feature cache has something to store.
+
+    Raises:
+        UnsupportedModelError: nothing is below everything that is trained.
+    """
+    if recipe.train.feature_cache is not None and part.is_empty:
+        raise UnsupportedModelError(
+            f"train.feature_cache={recipe.train.feature_cache} needs frozen blocks below everything that is trained, "
+            f"and {part.obstacle}; train later blocks only, e.g. with method.kind=last_blocks, or set "
+            "train.feature_cache=null"
+        )
+
+
+def _enable_checkpointing(recipe: Recipe, base: LoadedModel, part: FrozenPart, notes: list[str]) -> bool:
     """Enable gradient checkpointing if the recipe requests it and it has an effect; return whether it is enabled."""
     requested = recipe.train.gradient_checkpointing and recipe.method.is_trainable
-    enabled = requested and not recipe.method.has_frozen_backbone
+    enabled = requested and not part.has_all_blocks
     if requested and not enabled:
-        notes.append("gradient checkpointing is off: nothing below the head has a backward pass")
+        notes.append("gradient checkpointing is off: no block has a backward pass")
     if enabled:
         enable_checkpointing(base.model)
     return enabled
@@ -286,13 +306,14 @@ def build_training(
     cost, unknown_reason, counter_complete = _count_flops(recipe, adapted_model, context)
     batches, steps = _build_batches(recipe, adapted_model.loss, examples, pad_token_id, context)
     recipe.method.start_training(adapted_model.model, steps)
+    base, part = adapted_model.base.model, adapted_model.frozen_part
     cached = (
-        open_feature_cache(recipe, adapted_model.base.model, adapted_model.loss, batches, accelerator)
+        open_feature_cache(recipe, base, part, adapted_model.loss, batches, context=context)
         if settings.feature_cache
         else None
     )
     if settings.compile:
-        _compile_blocks(adapted_model.base.model, adapted_model.loss)
+        _compile_blocks(base, adapted_model.loss)
     model, optimizer, inner_optimizer = prepare_with_engine(recipe, adapted_model.model, context)
     # Not prepared: accelerate steps a prepared schedule once per process, but ours counts optimizer steps.
     lr_scheduler = get_scheduler(
@@ -435,6 +456,7 @@ def _count_flops(
                 gradient_checkpointing=adapted_model.gradient_checkpointing,
                 computes_all_logits=adapted_model.loss.computes_all_logits,
                 compute_penalty=partial(method.compute_penalty, model),
+                frozen_modules=adapted_model.frozen_part.list_modules(base),
             )
     except Exception as error:  # a failed measurement must not end a run
         return None, f"FLOPs are unknown: {error or type(error).__name__}", isinstance(error, NonLinearFlopsError)

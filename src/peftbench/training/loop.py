@@ -43,6 +43,8 @@ class TrainProgress:
     """Model FLOP units of each step, over all ranks."""
     step_executed: list[FlopUnits] = field(default_factory=list)
     """Hardware FLOP units of each step, over all ranks."""
+    step_skipped: list[FlopUnits] = field(default_factory=list)
+    """The part of these that the frozen part did not execute in each step."""
     step_shapes: list[tuple[int, int]] = field(default_factory=list)
     """(rows, real positions) of this rank's largest micro-batch in each step."""
     stopped_early: bool = False
@@ -143,6 +145,7 @@ def train(
         progress.step_token_counts.append(batch.token_counts)
         progress.step_required.append(batch.model_flop_units)
         progress.step_executed.append(batch.hardware_flop_units)
+        progress.step_skipped.append(batch.skipped_flop_units)
         progress.step_shapes.append(batch.max_shape)
         with probe.paused():
             info = StepInfo(

@@ -225,6 +225,7 @@ def _serialize_progress(progress: TrainProgress) -> dict[str, Any]:
         "step_token_counts": [asdict(counts) for counts in progress.step_token_counts],
         "step_required": [asdict(units) for units in progress.step_required],
         "step_executed": [asdict(units) for units in progress.step_executed],
+        "step_skipped": [asdict(units) for units in progress.step_skipped],
     }
 
 
@@ -236,3 +237,6 @@ def _load_progress(progress: TrainProgress, saved: dict[str, Any]) -> None:
     progress.step_token_counts[:] = [TokenCounts(**counts) for counts in saved["step_token_counts"]]
     progress.step_required[:] = [FlopUnits(**units) for units in saved["step_required"]]
     progress.step_executed[:] = [FlopUnits(**units) for units in saved["step_executed"]]
+    # A checkpoint of an earlier version lacks them: its executed units are what was left of them.
+    skipped = saved.get("step_skipped", [{}] * len(progress.step_executed))
+    progress.step_skipped[:] = [FlopUnits(**units) for units in skipped]

@@ -18,6 +18,7 @@ from peftbench.common.units import format_bytes
 from peftbench.distributed.accelerator import build_accelerator
 from peftbench.errors import DiskFullError, UnsupportedModelError
 from peftbench.feature_cache.cached_training import CachedFeatureBatches, CachedFeatureLoss
+from peftbench.feature_cache.cut import HeadCut
 from peftbench.feature_cache.store import StoreLayout, open_store
 from peftbench.methods.last_layer import LastLayer
 from peftbench.modeling.loss import LabeledLogitsLoss, build_loss
@@ -207,7 +208,7 @@ def test_loading_states_to_a_gpu_does_not_synchronize(
     loss, _ = build_loss(base)
     assert isinstance(loss, LabeledLogitsLoss)
     layout = StoreLayout(torch.tensor([length - prompt for length, prompt in LENGTHS_AND_PROMPTS]), 64, "fp32")
-    cached_loss = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None))
+    cached_loss = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None), HeadCut(loss))
     head = base.get_output_embeddings().weight
     results = []
     for mode, may_wait in (("recompute", True), ("save", True), ("load", True), ("load", False)):
@@ -280,7 +281,8 @@ def test_capped_logits_and_head_hooks_apply_to_stored_states(fresh_base: Callabl
     for batch in (packed(), micro_batch()):
         with loss.attention_context():
             expected = loss(base, batch)
-    cached_loss = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None))  # type: ignore[arg-type]
+    assert isinstance(loss, LabeledLogitsLoss)
+    cached_loss = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None), HeadCut(loss))
     with cached_loss.attention_context():
         saved = cached_loss(base, _with_feature_mode(packed(), "save"))
         loaded = cached_loss(base, _with_feature_mode(packed(), "load"))

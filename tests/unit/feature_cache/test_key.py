@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftbench.feature_cache.key import build_cache_key, hash_backbone, hash_encoded_examples
+from peftbench.feature_cache.key import build_cache_key, hash_encoded_examples, hash_frozen_part
 from peftbench.methods.last_layer import LastLayer
 from peftbench.modeling.loading import load_model
 from peftbench.optim import AdamW
@@ -30,8 +30,8 @@ def build_key(
     """Return the cache key of a recipe's backbone, loaded from disk."""
     run_recipe = recipe(workshop, "run", parts.pop("storage_dtype", "fp32"), **parts)
     base = load_model(run_recipe.model).model
-    LastLayer().apply(base, None)  # type: ignore[arg-type]
-    return build_cache_key(run_recipe, base, examples_hash, torch.device(device), uses_masks=uses_masks)
+    part = run_recipe.method.get_frozen_part(run_recipe.method.apply(base, None))  # type: ignore[arg-type]
+    return build_cache_key(run_recipe, base, part, examples_hash, torch.device(device), uses_masks=uses_masks)
 
 
 def test_cache_key_ignores_model_folder_and_training_settings(workshop: Workshop, tmp_path: Path) -> None:
@@ -74,12 +74,12 @@ def test_cache_key_depends_on_everything_that_changes_hidden_states(workshop: Wo
     assert len({repr(other_key) for other_key in other_keys}) == len(other_keys)
 
 
-def test_hash_backbone_covers_every_tensor_except_the_head(fresh_base: Callable[[str], PreTrainedModel]) -> None:
+def test_hash_of_a_backbone_covers_every_tensor_except_the_head(fresh_base: Callable[[str], PreTrainedModel]) -> None:
     """Change one element of each parameter and buffer: only a change of the head keeps the hash."""
     for architecture in FAMILIES:
         base = fresh_base(architecture)
-        LastLayer().apply(base, None)  # type: ignore[arg-type]
-        original_hash = hash_backbone(base)
+        part = LastLayer().get_frozen_part(LastLayer().apply(base, None))  # type: ignore[arg-type]
+        original_hash = hash_frozen_part(base, part)
         head = base.get_output_embeddings().weight
         tensors = [*base.parameters(), *base.buffers()]
         assert len(tensors) > 10
@@ -87,9 +87,9 @@ def test_hash_backbone_covers_every_tensor_except_the_head(fresh_base: Callable[
             for tensor in tensors:
                 original = tensor.clone()
                 tensor.view(-1)[-1] += 1
-                assert (hash_backbone(base) == original_hash) is (tensor is head)
+                assert (hash_frozen_part(base, part) == original_hash) is (tensor is head)
                 tensor.copy_(original)
-        assert hash_backbone(base) == original_hash
+        assert hash_frozen_part(base, part) == original_hash
 
 
 def test_hash_encoded_examples_covers_all_tokens_and_counts_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_hash_encoded_examples_covers_all_tokens_and_counts_labels(monkeypatch: 
 
     def hash_and_count(rows_to_hash: list[dict[str, Any]]) -> tuple[str, list[int]]:
         digest, counts = hash_encoded_examples(Dataset.from_list(rows_to_hash))
-        return digest, counts.tolist()
+        return digest, counts["labeled"].tolist()
 
     digest, counts = hash_and_count(examples)
     assert counts == [3, 9, 1, 14, 2]

@@ -23,6 +23,7 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.methods.select_presets import LastBlocks
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Recipe
 from peftbench.report.tables.memory_plan import format_plan
@@ -53,13 +54,14 @@ def make_plan(workshop: Workshop, tmp_path: Path) -> Any:
     return plan_method
 
 
-def test_feature_cache_is_planned_as_empty(make_plan: Any) -> None:
+@pytest.mark.parametrize("method", [LastLayer(), LastBlocks()], ids=["head", "block"])
+def test_feature_cache_is_planned_as_empty(method: Method, make_plan: Any) -> None:
     """The plan is that of the first epoch, which needs the most memory; a note states it."""
-    plain, cached = (make_plan(LastLayer(), train={"feature_cache": dtype}) for dtype in (None, "bf16"))
+    plain, cached = (make_plan(method, train={"feature_cache": dtype}) for dtype in (None, "bf16"))
     assert cached.phase_peaks == plain.phase_peaks
     assert cached.process_bytes == plain.process_bytes
     assert set(cached.notes) - set(plain.notes) == {
-        "assumes steps that compute the backbone; steps that read the feature cache need less"
+        "assumes steps that compute the frozen part; steps that read the feature cache need less"
     }
 
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from peftbench.errors import OutOfRangeError, TargetModulesError, UnsupportedModelError
 from peftbench.methods import METHOD_FAMILIES, METHODS
 from peftbench.methods.base import Method
-from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.select import Select
 from peftbench.methods.select_presets import Attention, BitFit, Embeddings, LastBlocks, LayerNorm
 from peftbench.methods.selection import find_blocks
@@ -217,10 +216,3 @@ def test_presets_on_every_architecture(case: str, kind: str, tokenizer: PreTrain
     without_gradient = {name for name, parameter in trained.items() if parameter.grad is None}
     assert all("encoder_attn" in name for name in without_gradient)
     assert len(without_gradient) < len(trained)
-
-
-def test_feature_cache_needs_a_frozen_backbone(workshop: Workshop) -> None:
-    """A selection above a frozen block is refused, with the method that supports it."""
-    with pytest.raises(ValueError, match=r"this last_blocks does not; use last_layer with method\.head=untied"):
-        workshop.recipe(LastBlocks(), train={"feature_cache": "fp32"})
-    assert workshop.recipe(LastLayer(), train={"feature_cache": "fp32"}).train.feature_cache == "fp32"

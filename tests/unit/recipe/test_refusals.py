@@ -93,7 +93,11 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
         "gives all rows the same width",
     ),
     ("data.pad_to_multiple_of=0", OutOfRangeError, "greater than 0"),
-    ("train.feature_cache=fp32", OutOfRangeError, "on a frozen backbone, and this lora does not; use last_layer"),
+    (
+        "train.feature_cache=fp32",
+        OutOfRangeError,
+        "above a frozen part, and this lora does not; use last_blocks, select, or",
+    ),
     ("data.source={kind: synthetic, prompt_tokens: [1]}", OutOfRangeError, "must be a list of at least 2 values"),
     ("train.feature_cache=fp16", OutOfRangeError, "train.feature_cache='fp16' is not an allowed value"),
     (
@@ -156,17 +160,24 @@ def test_group_without_a_kind_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": {"kind": "last_layer", "head": "tied"}}, "and this last_layer does not; use last_layer with"),
+        (
+            {"method": {"kind": "last_layer", "head": "tied"}},
+            "and this last_layer does not; use last_blocks, select, or last_layer with",
+        ),
         ({"method": {"kind": "zero_shot"}}, "and this zero_shot does not"),
         (
             {"data": REQUIRED_KEYS["data"] | {"label_padding": True}},
             "data.label_padding=true needs more; set one of the two",
         ),
         ({"train": {"steps": 1, "feature_cache": "bf16", "logits": "all"}}, "and train.logits=all needs more; set"),
+        (
+            {"method": {"kind": "last_blocks"}, "data": REQUIRED_KEYS["data"] | {"label_padding": True}},
+            "stores hidden states of real tokens only, and data.label_padding=true needs more",
+        ),
     ],
-    ids=["head", "baseline", "label_padding", "logits"],
+    ids=["head", "baseline", "label_padding", "logits", "blocks"],
 )
-def test_feature_cache_needs_a_frozen_backbone(values: dict[str, Any], message: str) -> None:
+def test_feature_cache_needs_a_frozen_part(values: dict[str, Any], message: str) -> None:
     """Settings whose hidden states cannot be cached are refused before anything is loaded."""
     cached = REQUIRED_KEYS | {"method": {"kind": "last_layer"}, "train": {"steps": 1, "feature_cache": "bf16"}}
     assert parse_recipe(cached).train.feature_cache == "bf16"

@@ -239,8 +239,9 @@ def test_feature_cache_key_depends_on_the_type(workshop: Workshop) -> None:
     keys = []
     for dtype in ("fp32", "bf16"):
         recipe = bf16_recipe(workshop, LastLayer(), dtype, train={"feature_cache": "bf16"})
-        base = adapt(workshop, recipe).base.model
-        keys.append(build_cache_key(recipe, base, "e", torch.device("cpu"), uses_masks=False))
+        adapted = adapt(workshop, recipe)
+        base, part = adapted.base.model, adapted.frozen_part
+        keys.append(build_cache_key(recipe, base, part, "e", torch.device("cpu"), uses_masks=False))
     assert keys[0]["weights"] != keys[1]["weights"]
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from peftbench.data.collate import FlopUnits
 from peftbench.optim import OPTIMIZERS, Optimizer
-from peftbench.training.state import _deserialize_value, _serialize_value
+from peftbench.training.loop import TrainProgress
+from peftbench.training.state import _deserialize_value, _load_progress, _serialize_progress, _serialize_value
 
 STATE_CLASSES = [item for optimizer in OPTIMIZERS.values() for item in optimizer.state_classes.items()]
 
@@ -60,3 +62,15 @@ def test_states_of_tensors_need_no_class() -> None:
     assert _serialize_value(3) == 3
     tensor = torch.ones(2)
     assert torch.equal(_serialize_value(tensor), tensor)  # type: ignore[arg-type]
+
+
+def test_work_of_each_step_is_restored() -> None:
+    """A checkpoint of an earlier version has no skipped work: its executed work excludes it."""
+    executed, skipped = [FlopUnits(9, 81), FlopUnits(5, 25)], [FlopUnits(), FlopUnits(5, 25)]
+    saved = _serialize_progress(TrainProgress(losses=[2.0, 1.0], step_executed=executed, step_skipped=skipped))
+    restored = TrainProgress()
+    _load_progress(restored, saved)
+    assert (restored.step_executed, restored.step_skipped) == (executed, skipped)
+    del saved["step_skipped"]
+    _load_progress(restored, saved)
+    assert (restored.step_executed, restored.step_skipped) == (executed, [FlopUnits(), FlopUnits()])
