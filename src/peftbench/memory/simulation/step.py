@@ -6,7 +6,7 @@ The recorded events are the bytes that torch would request from the device's all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from peftbench.errors import EstimateUnavailableError
 from peftbench.evaluation.metrics.selection import generates_text
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.simulation.device import DeviceEmulation
+from peftbench.memory.simulation.fake_accelerator import FakeAccelerator
 from peftbench.memory.simulation.model import build_meta_model
 from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_checkpointing import enable_checkpointing
@@ -54,36 +55,6 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
 
 LabelCounts = int | Sequence[int]
-
-
-@dataclass
-class _FakeAccelerator:
-    """The part of accelerate's Accelerator that a step needs, for one process."""
-
-    gradient_accumulation_steps: int
-    num_processes: int = 1
-    process_index: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("meta"))
-    scaler: None = None
-    optimizer_step_was_skipped: bool = False
-
-    def accumulate(self, _model: nn.Module) -> AbstractContextManager[None]:
-        """Do nothing: a single process has no gradient synchronization to defer."""
-        return nullcontext()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Divide the loss by the number of micro-batches and backpropagate, like Accelerator.backward."""
-        if self.gradient_accumulation_steps > 1:
-            loss = loss / self.gradient_accumulation_steps
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def clip_grad_norm_(self, parameters: Iterator[nn.Parameter], max_norm: float) -> None:
-        """Clip gradients, like Accelerator.clip_grad_norm_."""
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    def reduce(self, _tensor: torch.Tensor) -> torch.Tensor:
-        """Return a CPU scalar: callers read its value."""
-        return torch.zeros(())
 
 
 @dataclass
@@ -131,7 +102,7 @@ class MemorySimulation:
         self.accumulation = num_micro_batches
         # Later micro-batches repeat the second one, except on CPU, where the tokens of all exist from the start.
         self.num_micro_batches = min(num_micro_batches, 2) if device_type == "cuda" else num_micro_batches
-        self.accelerator: Any = _FakeAccelerator(self.num_micro_batches)
+        self.accelerator: Any = FakeAccelerator(self.num_micro_batches)
         context = AcceleratorContext(self.accelerator, launch_config.engine, recipe.train.resolved_precision)
         self.emulation = DeviceEmulation(
             device, get_autocast_dtype(recipe.train.resolved_precision), has_padding=has_padding
