@@ -159,7 +159,8 @@ def _join_examples(data: InitializationPass, config: LoraConfig) -> list[MicroBa
 def count_eva_tokens(config: LoraConfig) -> int:
     """Return the number of tokens that a batch needs: the largest rank that a layer may get."""
     assert config.eva_config is not None
-    return round(max([config.r, *(config.rank_pattern or {}).values()]) * config.eva_config.rho)
+    highest: int = max([config.r, *(config.rank_pattern or {}).values()])
+    return round(highest * config.eva_config.rho)
 
 
 def _select_tokens(batch: MicroBatch, config: LoraConfig) -> torch.Tensor:
@@ -228,7 +229,7 @@ def compute_loftq(model: Any, data: InitializationPass, config: LoraConfig) -> I
         return {}
     import torch
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
     from peft.utils.loftq_utils import _low_rank_decomposition, _SafetensorLoader
 
     values: InitialValues = {}
@@ -242,14 +243,14 @@ def compute_loftq(model: Any, data: InitializationPass, config: LoraConfig) -> I
                     f"init_lora_weights=loftq needs layers that are quantized to 4 bits, and {short} is not; leave it "
                     "out of method.target_modules"
                 )
-            quantized = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+            quantized = dequantize_4bit(base.weight.data, base.weight.quant_state).float()  # type: ignore[attr-defined]
             original = loader.get_tensor(f"{short}.weight").to(quantized)  # type: ignore[no-untyped-call]
             if original.shape != quantized.shape:
                 raise UnsupportedModelError(
                     f"init_lora_weights=loftq reads weights as they are stored, and those of {short} are stored "
                     "transposed; use init_lora_weights=true"
                 )
-            factors = _low_rank_decomposition(original - quantized, reduced_rank=layer.r[ADAPTER])
+            factors: Any = _low_rank_decomposition(original - quantized, layer.r[ADAPTER])  # type: ignore[no-untyped-call]
             values[f"{name}.lora_A"] = factors["R"].cpu()
             values[f"{name}.lora_B"] = (factors["L"] / layer.scaling[ADAPTER]).cpu()
     return values
@@ -314,7 +315,7 @@ def _check_ranks(layers: dict[str, Any], kind: str, directions: int) -> None:
 def _target_base_layers(layers: dict[str, Any], config: LoraConfig) -> LoraConfig:
     """Return a copy of the config whose targets are the frozen matrices inside the LoRA layers, with their ranks."""
     targets = copy.copy(config)
-    targets.target_modules = {f"{name}.base_layer" for name in layers}
+    targets.target_modules = [f"{name}.base_layer" for name in layers]
     targets.exclude_modules = targets.layers_to_transform = targets.layers_pattern = None
     targets.rank_pattern = {f"{name}.base_layer": layer.r[ADAPTER] for name, layer in layers.items()}
     return targets
@@ -352,12 +353,12 @@ def _explain_errors(kind: str) -> Iterator[None]:
     Raises:
         UnsupportedModelError: the code in the context failed in a way that depends on the model or on the examples.
     """
-    import torch
     from safetensors import SafetensorError
+    from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
     try:
         yield
-    except (ValueError, LookupError, ArithmeticError, OSError, SafetensorError, torch.linalg.LinAlgError) as error:
+    except (ValueError, LookupError, ArithmeticError, OSError, SafetensorError, LinAlgError) as error:
         raise UnsupportedModelError(
             f"init_lora_weights={kind} cannot be computed: {first_line(error)}; use init_lora_weights=true"
         ) from error

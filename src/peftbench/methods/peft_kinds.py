@@ -146,7 +146,7 @@ def _build_section(kind: str, peft_type: str) -> type[Method]:
     from peftbench.methods.peft_lora import PeftLora
     from peftbench.methods.peft_method import PeftMethod
     from peftbench.methods.peft_prompts import PeftPrefix, PeftSoftTokens
-    from peftbench.methods.peft_sections import build_fields
+    from peftbench.methods.peft_sections import INIT_CLASSES, build_fields, build_init_section
 
     preset = PRESETS.get(kind, Preset(peft_type))
     bases: dict[str, type[PeftMethod]] = {
@@ -165,8 +165,11 @@ def _build_section(kind: str, peft_type: str) -> type[Method]:
             Annotated[Literal[peft_type], upper],
             Field(default=peft_type, description="Type of peft."),
         )
+    init_key = f"{preset.defaults.get('init_lora_weights')}_config"
     for name, (annotation, field) in fields.items():
         default = {"default": preset.defaults[name]} if name in preset.defaults else {}
+        if name == init_key and name in INIT_CLASSES:
+            default = {"default": build_init_section(name)()}
         keys[name] = (annotation, FieldInfo.merge_field_infos(field, **default) if default else field)
     section = create_model(f"{peft_type.title().replace('_', '')}Section", __base__=base, __module__=__name__, **keys)
     section.peft_type, section.config_fields = peft_type, tuple(fields)

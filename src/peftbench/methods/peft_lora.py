@@ -70,10 +70,8 @@ class PeftLora(PeftMethod):
         section = self._get_init_section()
         if init != "eva":
             return InitializationNeeds(section.init_examples)
-        config = self._build_init_config()
-        return InitializationNeeds(
-            section.init_examples, initialization.count_eva_tokens(config), config.eva_config.use_label_mask
-        )
+        num_tokens = initialization.count_eva_tokens(self._build_init_config())
+        return InitializationNeeds(section.init_examples, num_tokens, section.use_label_mask)
 
     def check_quantization(self, quantization: str | None) -> None:
         init = self.init_lora_weights

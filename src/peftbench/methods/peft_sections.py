@@ -38,11 +38,9 @@ SET_BY_PEFTBENCH = frozenset(
     }
 )
 """Fields of peft's configs that peftbench sets from the base model, the recipe or the run."""
-_INIT_CLASSES = {"eva_config": "EvaConfig", "corda_config": "CordaConfig", "lora_ga_config": "LoraGAConfig"}
+INIT_CLASSES = {"eva_config": "EvaConfig", "corda_config": "CordaConfig", "lora_ga_config": "LoraGAConfig"}
 """Keys of LoRA's config whose value is another config, of an initialization that passes over training examples."""
-_HIDDEN_OPTIONS = frozenset(
-    {"cache_file", "covariance_file", "verbose", "prune_temporary_fields", "label_mask_value"}
-)
+_HIDDEN_OPTIONS = frozenset({"cache_file", "covariance_file", "verbose", "prune_temporary_fields", "label_mask_value"})
 """Options of LoRA's initializations that have no meaning in a run, or name pickled files."""
 _DEFAULT_VIRTUAL_TOKENS = 20
 _REPLACED_DEFAULTS: Mapping[str, object] = {"num_virtual_tokens": _DEFAULT_VIRTUAL_TOKENS}
@@ -61,7 +59,7 @@ def build_init_section(key: str) -> type[InitSection]:
     """Return the section of ``method.KEY``: the options of peft's config class of an initialization."""
     from peft.tuners.lora import config
 
-    config_class: type[Any] = getattr(config, _INIT_CLASSES[key])
+    config_class: type[Any] = getattr(config, INIT_CLASSES[key])
     hints = typing.get_type_hints(config_class)
     keys: dict[str, Any] = {
         field.name: (hints[field.name], _build_default(field))
@@ -88,7 +86,7 @@ def build_fields(peft_type: str) -> dict[str, Any]:
     fields = [field for field in dataclasses.fields(config_class) if field.init and field.name not in SET_BY_PEFTBENCH]
     keys: dict[str, Any] = {}
     for field in fields:
-        if field.name in _INIT_CLASSES:
+        if field.name in INIT_CLASSES:
             keys[field.name] = (Optional[build_init_section(field.name)], _build_default(field))
             continue
         annotation, default = _to_recipe_type(hints[field.name]), _build_default(field)

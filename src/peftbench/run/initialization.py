@@ -67,7 +67,9 @@ def _compute(
             num_passes, num_tokens = num_passes + 1, num_tokens + sum(batch.lengths)
             bar.update()
 
-        values = compute_initial_values(state.recipe, adapted_model, examples, pad_token_id, state.context, count)
+        values = compute_initial_values(
+            state.recipe, adapted_model, examples, state.context, pad_token_id=pad_token_id, on_batch=count
+        )
     if num_passes:
         state.notes.append(
             f"initial values were computed in {num_passes:,} forward passes over {num_tokens:,} tokens of training "

@@ -31,8 +31,9 @@ def compute_initial_values(
     recipe: Recipe,
     adapted_model: AdaptedModel,
     examples: EncodedExamples,
-    pad_token_id: int,
     context: AcceleratorContext,
+    *,
+    pad_token_id: int,
     on_batch: Callable[[MicroBatch], None],
 ) -> InitialValues:
     """Return the method's initial values; they depend on the examples and on ``train.seed`` alone.
@@ -79,14 +80,15 @@ def _find_weights_file(recipe: Recipe) -> Path:
     Raises:
         UnsupportedModelError: there is none: the weights are stored quantized, or not in safetensors.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = resolve_model_path(recipe.model)
     file = None
     if not is_gguf_path(path) and getattr(load_config(recipe.model), "quantization_config", None) is None:
         run = find_run_base(recipe.model)
-        path = path if run is None else run.select_weights(recipe.model).path
-        file = Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json", revision=recipe.model.revision))).parent
+        path, revision = (path, recipe.model.revision) if run is None else (run.select_weights(recipe.model).path, None)
+        folder = Path(path)
+        file = folder if folder.is_dir() else Path(str(cached_file(path, "config.json", revision=revision))).parent
     if file is None:
         raise UnsupportedModelError(
             f"method.kind={recipe.method.kind} reads the weights before quantization, and {path} has none in "

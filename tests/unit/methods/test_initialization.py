@@ -39,7 +39,7 @@ IDS = torch.arange(1, 13)[None]
 
 def build(kind: str, **keys: Any) -> Method:
     """Return a method of a low rank, whose scale is no power of two."""
-    return METHOD_KINDS[kind](r=4, lora_alpha=12, **keys)
+    return METHOD_KINDS[kind].model_validate({"r": 4, "lora_alpha": 12} | keys)
 
 
 def list_documents() -> list[list[int]]:
@@ -105,8 +105,12 @@ def initialize_with_peft(kind: str, base: PreTrainedModel) -> Any:
     config = LoraConfig(**keys | {"target_modules": names}, init_lora_weights=kind)  # type: ignore[arg-type]
     if kind == "corda":
         config.corda_config = CordaConfig()
-        with torch.no_grad():
-            preprocess_corda(base, config, lambda: [base(input_ids=row) for row in rows] and None)  # type: ignore[func-returns-value]
+
+        def run_model() -> None:
+            for row in rows:
+                base(input_ids=row)
+
+        preprocess_corda(base, config, run_model)
     else:
         config.lora_ga_config = LoraGAConfig()
 
@@ -175,7 +179,7 @@ def test_outputs_before_the_first_step_are_those_of_the_base(
 def test_saved_adapter_fits_the_original_base(
     kind: str, keys: dict[str, Any], fresh_base: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
-    """peft alone, peftbench and a merged model give the logits of the trained model."""
+    """Peft alone, peftbench and a merged model give the logits of the trained model."""
     method, architecture = build(kind, **keys), "llama_untied"
     model = initialize(method, fresh_base(architecture))
     move(model)
@@ -281,14 +285,14 @@ def test_quantization_that_does_not_fit_is_refused(kind: str, quantization: str 
 
 
 def test_too_few_tokens_are_refused(fresh_base: Callable[[str], PreTrainedModel]) -> None:
-    """peft would pass over the examples forever."""
-    method = METHOD_KINDS["eva"](r=40)
-    with pytest.raises(OutOfRangeError, match=r"eva needs 80 tokens .* the 6 examples have 66; raise method.eva_config"):
+    """Peft would pass over the examples forever."""
+    method = METHOD_KINDS["eva"].model_validate({"r": 40})
+    with pytest.raises(OutOfRangeError, match=r"eva needs 80 tokens .* the 6 examples have 66; raise"):
         initialize(method, fresh_base("gpt2_tied"))
 
 
 def test_components_that_do_not_converge_are_refused(fresh_base: Callable[[str], PreTrainedModel]) -> None:
-    """peft has no limit."""
+    """Peft has no limit."""
     method = build("eva", eva_config={"tau": 1.0})
     with pytest.raises(UnsupportedModelError, match=r"have not converged after 100 passes over 6 examples"):
         initialize(method, fresh_base("gpt2_tied"))
@@ -297,7 +301,11 @@ def test_components_that_do_not_converge_are_refused(fresh_base: Callable[[str],
 @pytest.mark.parametrize(
     ("kind", "keys", "message"),
     [
-        ("lora_ga", {"r": 40}, r"allows at most rank 32 for transformer.h.0.attn.c_attn \(64 to 192\), which has rank 40"),
+        (
+            "lora_ga",
+            {"r": 40},
+            r"at most rank 32 for transformer.h.0.attn.c_attn \(64 to 192\), which has rank 40",
+        ),
         ("corda", {"r": 70}, "allows at most rank 64 for transformer.h.0.attn.c_attn"),
         ("corda", {"target_modules": ("wte",)}, "initializes linear layers with a matrix of their own, but"),
         ("eva", {"target_modules": ("c_attn", "wte")}, "initializes linear layers with a matrix of their own, but"),
@@ -308,7 +316,7 @@ def test_layers_that_do_not_fit_are_refused(
 ) -> None:
     """One sentence with the reason."""
     with pytest.raises(UnsupportedModelError, match=message):
-        initialize(METHOD_KINDS[kind](**keys), fresh_base("gpt2_tied"))
+        initialize(METHOD_KINDS[kind].model_validate(keys), fresh_base("gpt2_tied"))
 
 
 def test_statistics_are_not_rounded_by_autocast(fresh_base: Callable[[str], PreTrainedModel]) -> None:
@@ -332,8 +340,6 @@ def test_statistics_are_not_rounded_by_autocast(fresh_base: Callable[[str], PreT
         handle.remove()
         return value
 
-    values = method.compute_initial_values(
-        model, InitializationPass(data.num_examples, data.collate, compute_loss)
-    )
+    values = method.compute_initial_values(model, InitializationPass(data.num_examples, data.collate, compute_loss))
     assert dtypes == [torch.float32] * len(LENGTHS)
     assert all(tensor.dtype == torch.float32 for tensor in values.values())
