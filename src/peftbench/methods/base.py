@@ -120,7 +120,7 @@ class Method(ConfigSection):
 
     @property
     def initialization(self) -> InitializationNeeds | None:
-        """What its initial values are computed from; None if :meth:`apply` sets them."""
+        """Examples or weights that its initial values are computed from; None if :meth:`apply` sets them."""
         return None
 
     def compute_initial_values(self, model: nn.Module, data: InitializationPass) -> InitialValues:

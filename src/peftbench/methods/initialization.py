@@ -33,7 +33,7 @@ InitialValues = dict[str, "torch.Tensor"]
 
 
 class InitializationNeeds(NamedTuple):
-    """What an initialization reads."""
+    """Data that an initialization reads."""
 
     examples: int
     """Number of training examples; 0: it reads none."""

@@ -42,7 +42,9 @@ PRESETS: dict[str, Preset] = {
     "boft": Preset("BOFT", (1e-4, 1e-4), _BOARD),
     "c3a": Preset("C3A", (0.3, 0.3), _BOARD),
     "cartridge": Preset("CARTRIDGE"),
-    "corda": _lora((2e-5, 2e-5), "Yang et al. 2024, arXiv:2406.05223, their example in peft", init_lora_weights="corda"),
+    "corda": _lora(
+        (2e-5, 2e-5), "Yang et al. 2024, arXiv:2406.05223, their example in peft", init_lora_weights="corda"
+    ),
     "deft": Preset("DEFT", (1e-4, 1e-4), _BOARD),
     "delora": Preset("DELORA", (1e-3, 1e-3), _BOARD),
     "dora": _lora((1e-4, 2e-4), f"{_BOARD}; Liu et al. 2024, arXiv:2402.09353", use_dora=True),

@@ -38,7 +38,7 @@ IDS = torch.arange(1, 13)[None]
 
 
 def build(kind: str, **keys: Any) -> Method:
-    """Return a method of a low rank, whose scale is no power of two."""
+    """Return a method of rank 4, with the scale 3."""
     return METHOD_KINDS[kind].model_validate({"r": 4, "lora_alpha": 12} | keys)
 
 
@@ -162,7 +162,7 @@ def test_values_are_those_of_peft(
 def test_outputs_before_the_first_step_are_those_of_the_base(
     kind: str, architecture: str, fresh_base: Callable[[str], PreTrainedModel]
 ) -> None:
-    """What is added to the adapter is taken out of the frozen matrices."""
+    """The product of the initial factors is taken out of the frozen matrices."""
     expected = logits_of(fresh_base(architecture))
     model = initialize(build(kind), fresh_base(architecture))
     assert (logits_of(model) - expected).norm() < 1e-5 * expected.norm()

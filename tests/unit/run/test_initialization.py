@@ -37,7 +37,7 @@ KINDS = ("eva", "corda", "lora_ga")
 
 
 def build_recipe(workshop: Workshop, kind: str, *, keys: dict[str, Any] | None = None, **parts: Any) -> Recipe:
-    """Return the recipe of a method of a low rank, whose scale is no power of two."""
+    """Return the recipe of a method of rank 4, with the scale 3."""
     options: dict[str, Any] = {"init_examples": 10} | ({"tau": 0.5} if kind == "eva" else {})  # it converges early
     values = {"r": 4, "lora_alpha": 12} | ({} if kind == "loftq" else {f"{kind}_config": options})
     method = METHOD_KINDS[kind].model_validate(values | (keys or {}))
