@@ -1,4 +1,4 @@
-"""Every type of peft on two processes: losses equal those of one process, and a stopped run resumes."""
+"""Every type of peft and every initialization from data on two processes, compared with one; a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftbench.distributed.compatibility import Combination
 from peftbench.record import RunRecord, read_record
 from tests.distributed.battery import RESUMED
 from tests.helpers.engines import launch_battery
-from tests.helpers.peft_types import ALL_TYPES
+from tests.helpers.peft_types import ALL_TYPES, COMPUTED
 
 ENGINES_OF_TYPES = ("ddp", "zero2")
 DEPENDS_ON_BATCH = {"LILY"}
@@ -23,14 +23,16 @@ FindRun = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="session")
-def find_run(folders: tuple[Path, Path, Path]) -> FindRun:
-    """Return a function that finds the run of a type on an engine; on its first call, an engine runs all types."""
+def find_run(folders: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> FindRun:
+    """Return a function that finds the run of a type on an engine, which runs all types of this session at once."""
+    users = (item for item in request.session.items if "find_run" in getattr(item, "fixturenames", ()))
+    names = sorted({item.callspec.params["name"] for item in users if hasattr(item, "callspec")})
     launched: set[str] = set()
 
     def find(engine: str, name: str) -> Path:
         if engine not in launched:
             launched.add(engine)
-            launch_battery(engine, [Combination(one, engine, "adamw", "fp32") for one in ALL_TYPES], *folders)
+            launch_battery(engine, [Combination(one, engine, "adamw", "fp32") for one in names], *folders)
         return folders[0] / engine / f"{name}-adamw-fp32"
 
     return find
@@ -48,7 +50,7 @@ def read_run(folder: Path) -> RunRecord:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ALL_TYPES)
+@pytest.mark.parametrize("name", [*ALL_TYPES, *COMPUTED])
 @pytest.mark.parametrize("engine", ENGINES_OF_TYPES)
 def test_two_processes_match_one(engine: str, name: str, find_run: FindRun) -> None:
     """The losses of all steps are equal, and a stopped and resumed run repeats those of an uninterrupted one."""

@@ -282,14 +282,15 @@ def set_factors(model: nn.Module, values: InitialValues, *, subtract: bool) -> N
 
 
 def _compute_factors(layers: dict[str, Any], initialize: Callable[[Any], None]) -> InitialValues:
-    """Let peft set the factors of each layer, and return them; the frozen matrix stays as it was."""
+    """Let peft set the factors of each layer, and return them; all weights stay as they were."""
     values: InitialValues = {}
     for name, layer in layers.items():
-        base = layer.get_base_layer()
-        before = base.weight.data
-        initialize(layer)
-        base.weight.data = before
-        factors = [layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data]
+        weights = [layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+        before = [weight.data for weight in weights]
+        initialize(layer)  # it replaces the tensors
+        factors = [weight.data for weight in weights[1:]]
+        for weight, tensor in zip(weights, before, strict=True):
+            weight.data = tensor
         if not all(bool(factor.isfinite().all()) for factor in factors):
             raise ValueError(f"values of {name.removeprefix('base_model.model.')} are not finite")
         values[f"{name}.lora_A"], values[f"{name}.lora_B"] = (factor.clone().cpu() for factor in factors)

@@ -66,13 +66,15 @@ def test_pass_is_a_measured_phase(kind: str, architecture: str, workshop: Worksh
     assert record.step_losses[2] != pytest.approx(plain.step_losses[2], rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_training_uses_the_stored_values(
-    kind: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses are bit-identical to those of an undisturbed run, and nothing is computed again."""
     dropout = {"lora_dropout": 0.1}  # so that random numbers matter
-    recipe = build_recipe(workshop, kind, keys=dropout, checkpoint={"interval": 1}, save_model=True)
+    types: dict[str, Any] = {"model": {"dtype": dtype}, "train": {"precision": dtype}}
+    recipe = build_recipe(workshop, kind, keys=dropout, checkpoint={"interval": 1}, save_model=True, **types)
     whole = workshop.run(recipe.model_copy(update={"name": "whole"}))
     run_until_first_checkpoint(workshop, recipe)
 
@@ -135,18 +137,21 @@ def evaluate(recipe: Recipe) -> RunRecord:
         return Run(recipe, evaluate_only=True).execute()[0]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_in_16_bits_start_at_the_loss_of_the_base(kind: str, workshop: Workshop) -> None:
-    """The initial factors are rounded before their product is taken out of the frozen matrices."""
+def test_weights_in_16_bits_start_at_the_loss_of_the_base(kind: str, optimizer: str, workshop: Workshop) -> None:
+    """The trained weights keep the type of the optimizer, and only they are rounded."""
     parts: dict[str, Any] = {
         "architecture": "llama_untied",
         "model": {"dtype": "bf16"},
         "train": {"precision": "bf16"},
-        "optimizer": {"kind": "adamw_bf16"},
+        "optimizer": {"kind": optimizer},
     }
-    record = workshop.run(build_recipe(workshop, kind, **parts, name="data"))
+    record = workshop.run(build_recipe(workshop, kind, **parts, name="data", save_model=True))
     plain = workshop.run(workshop.recipe(Lora(r=4), **parts))
     assert record.step_losses[0] == pytest.approx(plain.step_losses[0], rel=2e-2)
+    dtypes = {tensor.dtype for tensor in load_file(workshop.output / "data/model/adapter_model.safetensors").values()}
+    assert dtypes == {torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32}
 
 
 def test_loftq_corrects_the_error_of_the_quantization(workshop: Workshop, accelerator: Accelerator) -> None:
