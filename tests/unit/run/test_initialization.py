@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peftbench.record import RunRecord
 
 KINDS = ("eva", "corda", "lora_ga")
+FAST_RESUMES = {("eva", "fp32"), ("corda", "fp32"), ("lora_ga", "bf16")}
 
 
 def build_recipe(workshop: Workshop, kind: str, *, keys: dict[str, Any] | None = None, **parts: Any) -> Recipe:
@@ -66,8 +67,14 @@ def test_pass_is_a_measured_phase(kind: str, architecture: str, workshop: Worksh
     assert record.step_losses[2] != pytest.approx(plain.step_losses[2], rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, marks=() if (kind, dtype) in FAST_RESUMES else pytest.mark.slow)
+        for kind in KINDS
+        for dtype in ("fp32", "bf16")
+    ],
+)
 def test_resumed_training_uses_the_stored_values(
     kind: str, dtype: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
