@@ -38,9 +38,7 @@ class InitializationNeeds(NamedTuple):
     examples: int
     """Number of training examples; 0: it reads none."""
     tokens: int = 0
-    """Smallest number of tokens that they must have in total."""
-    labeled_only: bool = True
-    """True if ``tokens`` counts labeled ones only."""
+    """Smallest number of tokens, of those that it reads, in all examples together."""
     weights: bool = False
     """True if it reads the weights before they were quantized."""
 

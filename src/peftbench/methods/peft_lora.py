@@ -70,8 +70,7 @@ class PeftLora(PeftMethod):
         section = self._get_init_section()
         if init != "eva":
             return InitializationNeeds(section.init_examples)
-        num_tokens = initialization.count_eva_tokens(self._build_init_config())
-        return InitializationNeeds(section.init_examples, num_tokens, section.use_label_mask)
+        return InitializationNeeds(section.init_examples, initialization.count_eva_tokens(self._build_init_config()))
 
     def check_quantization(self, quantization: str | None) -> None:
         init = self.init_lora_weights
