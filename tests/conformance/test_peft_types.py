@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftbench.data.sources import Files
 from peftbench.errors import OutOfRangeError, UnsupportedModelError
+from peftbench.methods import METHOD_KINDS
 from peftbench.methods.peft_kinds import REFUSED_TYPES, TYPES
 from peftbench.methods.small_copy import build_small_copy
 from peftbench.recipe.loader import parse_recipe
@@ -57,6 +58,7 @@ FAST = {
     ("VERA", "gemma3"),
     ("ADAPTION_PROMPT", "qwen3"),
 }
+FAST_INITS = {("eva", "gemma3"), ("corda", "gpt2"), ("lora_ga", "gpt_neox"), ("loftq", "qwen3")}
 POINTS = [
     pytest.param(name, family, marks=() if (name, family) in FAST else pytest.mark.slow)
     for name in ALL_TYPES
@@ -104,6 +106,24 @@ def test_trial_finds_what_a_type_does(name: str, family: str) -> None:
     assert bool(trial.flops_problem) == is_counted, trial.flops_problem
     assert trial.flops_are_counted == (name not in UNCOUNTED)
     assert bool(trial.meta_problem) <= (name in NOT_PLANNED), trial.meta_problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        pytest.param(kind, family, marks=() if (kind, family) in FAST_INITS else pytest.mark.slow)
+        for kind in ("eva", "corda", "lora_ga", "loftq")
+        for family in FAMILIES
+    ],
+)
+def test_trial_of_a_computed_initialization(kind: str, family: str) -> None:
+    """The outputs start at those of the base, everything works, and only the plan is refused."""
+    trial = try_method(METHOD_KINDS[kind].model_validate({}), FAMILIES[family]())
+    problems = (trial.batching_problem, trial.packing_problem, trial.checkpointing_problem, trial.flops_problem)
+    assert problems == (None,) * 4
+    assert (trial.merging_problem, trial.saving_problem) == (None, None)
+    assert not trial.changes_start
+    assert trial.meta_problem is not None
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from peftbench.recipe.schema import Checkpoint, Data, Evaluate, Model, Profile, 
 from peftbench.run.runner import Run
 from peftbench.tasks.summarization import Summarization
 from peftbench.training.checkpoint import CheckpointManager
-from tests.helpers.peft_types import build_method
+from tests.helpers.peft_types import COMPUTED, build_method
 from tests.helpers.short_runs import freeze_imported_objects, use_small_matmul
 from tests.helpers.training import reset_accelerators
 
@@ -90,7 +90,7 @@ def build_recipe(point: Combination, base: str, data: str, folder: Path) -> Reci
 
 def _build_method(name: str) -> Method:
     """Return the method of a type of peft, or the one that represents a family."""
-    if name in TYPES:
+    if name in {*TYPES, *COMPUTED}:
         return build_method(name)
     return METHODS[METHOD_FAMILIES[name][0]](**METHOD_KEYS.get(name, {}))
 

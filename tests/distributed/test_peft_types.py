@@ -1,4 +1,4 @@
-"""Every type of peft on two processes: losses equal those of one process, and a stopped run resumes."""
+"""Every type of peft and every initialization from data on two processes, compared with one; a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftbench.distributed.compatibility import Combination
 from peftbench.record import RunRecord, read_record
 from tests.distributed.battery import RESUMED
 from tests.helpers.engines import launch_battery
-from tests.helpers.peft_types import ALL_TYPES
+from tests.helpers.peft_types import ALL_TYPES, COMPUTED
 
 ENGINES_OF_TYPES = ("ddp", "zero2")
 DEPENDS_ON_BATCH = {"LILY"}
@@ -21,20 +21,27 @@ DRAWS_NOISE = {"PVERA"}
 
 UNSUPPORTED = {("zero2", "ADALORA")}
 """It reads gradients after the optimizer's step, and DeepSpeed has deleted them."""
-POINTS = [(engine, name) for engine in ENGINES_OF_TYPES for name in ALL_TYPES if (engine, name) not in UNSUPPORTED]
+POINTS = [
+    (engine, name)
+    for engine in ENGINES_OF_TYPES
+    for name in (*ALL_TYPES, *COMPUTED)
+    if (engine, name) not in UNSUPPORTED
+]
 
 FindRun = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="session")
-def find_run(folders: tuple[Path, Path, Path]) -> FindRun:
-    """Return a function that finds the run of a type on an engine; on its first call, an engine runs all types."""
+def find_run(folders: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> FindRun:
+    """Return a function that finds the run of a type on an engine, which runs all types of this session at once."""
+    users = (item for item in request.session.items if "find_run" in getattr(item, "fixturenames", ()))
+    names = sorted({item.callspec.params["name"] for item in users if hasattr(item, "callspec")})
     launched: set[str] = set()
 
     def find(engine: str, name: str) -> Path:
         if engine not in launched:
             launched.add(engine)
-            supported = [one for one in ALL_TYPES if (engine, one) not in UNSUPPORTED]
+            supported = [one for one in names if (engine, one) not in UNSUPPORTED]
             launch_battery(engine, [Combination(one, engine, "adamw", "fp32") for one in supported], *folders)
         return folders[0] / engine / f"{name}-adamw-fp32"
 

@@ -18,8 +18,11 @@ _TINY_KEYS: dict[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 6, "target_r": 3},
     "ADAMSS": {"r": 16},
     "C3A": {"block_size": 8},
+    "CORDA": {"r": 4, "corda_config": {"init_examples": 10}},
+    "EVA": {"r": 4, "eva_config": {"init_examples": 10, "tau": 0.5}},
     "CARTRIDGE": {"num_virtual_tokens": 4},
     "FOURIERFT": {"n_frequency": 100},
+    "LORA_GA": {"r": 4, "lora_ga_config": {"init_examples": 10}},
     "MISS": {"r": 8},
     "OFT": {"oft_block_size": 16},
     "PSOFT": {"r": 8},
@@ -33,7 +36,10 @@ _TINY_KEYS: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 100},
 }
 """Keys of types whose defaults are too large for a tiny model, or that have no defaults."""
+COMPUTED = ("CORDA", "EVA", "LORA_GA")
+"""Initializations of LoRA that pass over training examples; in place of a type."""
 _PRESET_OF_TYPE = {preset.peft_type: kind for kind, preset in PRESETS.items() if preset.peft_type != "LORA"}
+_PRESET_OF_TYPE |= {name: name.lower() for name in COMPUTED}
 
 
 def build_method(peft_type: str, **keys: Any) -> Method:
@@ -41,7 +47,7 @@ def build_method(peft_type: str, **keys: Any) -> Method:
     values = _TINY_KEYS.get(peft_type, {}) | keys
     kind = _PRESET_OF_TYPE.get(peft_type)
     if kind is not None:
-        return METHOD_KINDS[kind](**values)
+        return METHOD_KINDS[kind].model_validate(values)
     section = METHOD_KINDS["peft"].select_section({"type": peft_type})
     return section(**values)
 

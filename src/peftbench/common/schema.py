@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -22,6 +22,13 @@ class ConfigSection(BaseModel):
     def select_section(cls, values: Mapping[str, Any]) -> type[Self]:
         """Return the class that validates ``values``: this one, unless a key other than ``kind`` selects another."""
         return cls
+
+
+def find_section_class(annotation: object) -> type[ConfigSection] | None:
+    """Return the class of a group of keys, which may be null; None if the annotation is that of a value."""
+    classes = [one for one in get_args(annotation) or (annotation,) if one is not type(None)]
+    is_group = len(classes) == 1 and isinstance(classes[0], type) and issubclass(classes[0], ConfigSection)
+    return classes[0] if is_group else None
 
 
 class RecordModel(BaseModel):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from peftbench.methods.frozen_part import FrozenPart
+    from peftbench.methods.initialization import InitializationNeeds, InitializationPass, InitialValues
 
 
 class Target(NamedTuple):
@@ -126,6 +127,30 @@ class Method(ConfigSection):
         """
         raise TypeError(f"{type(self).__name__} trains nothing")
 
+    @property
+    def initialization(self) -> InitializationNeeds | None:
+        """Examples or weights that its initial values are computed from; None if :meth:`apply` sets them."""
+        return None
+
+    def compute_initial_values(self, model: nn.Module, data: InitializationPass) -> InitialValues:
+        """Return initial values of the applied model, whose outputs are still those of the base model.
+
+        Raises:
+            OutOfRangeError, UnsupportedModelError: they cannot be computed on these examples or this model.
+        """
+        raise TypeError(f"{type(self).__name__} needs no pass before the training")
+
+    def set_initial_values(self, model: nn.Module, values: InitialValues) -> None:
+        """Set computed values in the applied model. Shapes of its trained parameters may change."""
+        raise TypeError(f"{type(self).__name__} needs no pass before the training")
+
+    def check_quantization(self, quantization: str | None) -> None:
+        """Check that it works with this ``model.quantization``.
+
+        Raises:
+            OutOfRangeError: it does not.
+        """
+
     def list_notes(self, base: PreTrainedModel) -> list[str]:
         """Return sentences for the record about what :meth:`apply` does to ``base``; call it before that."""
         return []
@@ -228,7 +253,7 @@ class Method(ConfigSection):
 
         from peftbench.errors import ModelError
 
-        weights = self.read_weights(save_directory)
+        weights = self.restore_structure(model, self.read_weights(save_directory))
         set_peft_model_state_dict(model, weights)
         with _without_config_warning():
             expected = get_peft_model_state_dict(model)
@@ -243,6 +268,10 @@ class Method(ConfigSection):
         from peft import load_peft_weights
 
         weights: dict[str, torch.Tensor] = load_peft_weights(str(save_directory), device="cpu")
+        return weights
+
+    def restore_structure(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give the applied model the shapes and frozen weights of the saved one; return its trained weights."""
         return weights
 
     def merge(self, model: nn.Module) -> PreTrainedModel:

@@ -43,9 +43,17 @@ PRESETS: dict[str, Preset] = {
     "boft": Preset("BOFT", (1e-4, 1e-4), _BOARD),
     "c3a": Preset("C3A", (0.3, 0.3), _BOARD),
     "cartridge": Preset("CARTRIDGE"),
+    "corda": _lora(
+        (2e-5, 2e-5), "Yang et al. 2024, arXiv:2406.05223, their example in peft", init_lora_weights="corda"
+    ),
     "deft": Preset("DEFT", (1e-4, 1e-4), _BOARD),
     "delora": Preset("DELORA", (1e-3, 1e-3), _BOARD),
     "dora": _lora((1e-4, 2e-4), f"{_BOARD}; Liu et al. 2024, arXiv:2402.09353", use_dora=True),
+    "eva": _lora(
+        (1e-4, 5e-4),
+        f"LoRA in {_BOARD}; the example in peft of Paischer et al. 2024, arXiv:2410.07170, with lora_alpha 1",
+        init_lora_weights="eva",
+    ),
     "fourierft": Preset("FOURIERFT", (1e-4, 1e-4), f"{_BOARD}, where this method learned nothing"),
     "frod": Preset("FROD", (1e-4, 1e-3), _BOARD),
     "glora": Preset("GLORA", (1e-4, 5e-4), _BOARD),
@@ -56,7 +64,9 @@ PRESETS: dict[str, Preset] = {
     "lily": Preset("LILY", (1e-4, 1e-4), _BOARD),
     "ln_tuning": Preset("LN_TUNING", (1e-4, 1e-4), f"{_BOARD}, where this method learned nothing"),
     "loha": Preset("LOHA", (1e-4, 1e-4), _BOARD),
+    "loftq": _lora((3e-4, 5e-4), "Li et al. 2023, arXiv:2310.08659, their scripts", init_lora_weights="loftq"),
     "lokr": Preset("LOKR", (3e-3, 3e-3), _BOARD),
+    "lora_ga": _lora((2e-5, 2e-5), "Wang et al. 2024, arXiv:2407.05000, their script", init_lora_weights="lora_ga"),
     "mica": _lora((1e-4, 1e-4), _BOARD, init_lora_weights="mica"),
     "miss": Preset("MISS", (1e-4, 1e-4), _BOARD),
     "oft": Preset("OFT", (1e-4, 1e-4), _BOARD),
@@ -145,9 +155,10 @@ def build_preset(kind: str) -> type[Method]:
 def _build_section(kind: str, peft_type: str) -> type[Method]:
     """Return the section of a type: the fields of its config class are its keys."""
     from peftbench.methods.peft_adalora import PeftAdaLora
-    from peftbench.methods.peft_method import PeftLora, PeftMethod
+    from peftbench.methods.peft_lora import PeftLora
+    from peftbench.methods.peft_method import PeftMethod
     from peftbench.methods.peft_prompts import PeftPrefix, PeftSoftTokens
-    from peftbench.methods.peft_sections import build_fields
+    from peftbench.methods.peft_sections import INIT_CLASSES, build_fields, build_init_section
 
     preset = PRESETS.get(kind, Preset(peft_type))
     bases: dict[str, type[PeftMethod]] = {
@@ -167,10 +178,13 @@ def _build_section(kind: str, peft_type: str) -> type[Method]:
             Annotated[Literal[peft_type], upper],
             Field(default=peft_type, description="Type of peft."),
         )
+    init_key = f"{preset.defaults.get('init_lora_weights')}_config"
     for name, (annotation, field) in fields.items():
         changes = dict(base.field_changes.get(name, {}))
         if name in preset.defaults:
             changes["default"] = preset.defaults[name]
+        if name == init_key and name in INIT_CLASSES:
+            changes["default"] = build_init_section(name)()
         keys[name] = (annotation, FieldInfo.merge_field_infos(field, Field(**changes)) if changes else field)
     section = create_model(f"{peft_type.title().replace('_', '')}Section", __base__=base, __module__=__name__, **keys)
     section.peft_type, section.config_fields = peft_type, tuple(fields)

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 from pydantic import field_validator, model_validator
 
+from peftbench.common.schema import ConfigSection
 from peftbench.common.text import first_line
 from peftbench.errors import UnsupportedModelError
 from peftbench.methods.base import Method
@@ -233,27 +234,6 @@ class PeftMethod(Method):
                 ) from error
 
 
-class PeftLora(PeftMethod):
-    """Base class of the sections of LoRA's variants."""
-
-    adds_lora: ClassVar[bool] = True
-    init_lora_weights: bool | str
-
-    @field_validator("init_lora_weights")
-    @classmethod
-    def _check_init(cls, value: bool | str) -> bool | str:
-        if isinstance(value, str) and value.lower().startswith(_DATA_INITS):
-            raise ValueError(
-                f"{value} needs a pass over the data (loftq: its own quantization of the base model), which is not "
-                "supported; use true, gaussian, pissa, olora, orthogonal or mica"
-            )
-        return value
-
-
-_DATA_INITS = ("corda", "eva", "loftq", "lora_ga")
-"""Initializations of LoRA that need gradients or activations of the data, or (loftq) quantize the base model."""
-
-
 def _sort(names: Iterable[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(sorted(names))
 
@@ -265,7 +245,9 @@ def _list_norm_names(base: PreTrainedModel) -> list[str]:
 
 
 def _to_python(value: object) -> object:
-    """Return a value of a recipe as peft's configs hold it: lists for tuples."""
+    """Return a value of a recipe as peft's configs hold it: lists for tuples, dicts for sections."""
+    if isinstance(value, ConfigSection):
+        return value.model_dump()
     return [_to_python(item) for item in value] if isinstance(value, tuple) else copy.deepcopy(value)
 
 

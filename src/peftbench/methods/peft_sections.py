@@ -12,7 +12,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Optional, Union, get_args, get_origin
 
-from pydantic import Field
+from pydantic import Field, create_model, model_validator
+
+from peftbench.common.schema import ConfigSection
 
 SET_BY_PEFTBENCH = frozenset(
     {
@@ -36,9 +38,42 @@ SET_BY_PEFTBENCH = frozenset(
     }
 )
 """Fields of peft's configs that peftbench sets from the base model, the recipe or the run."""
+INIT_CLASSES = {"eva_config": "EvaConfig", "corda_config": "CordaConfig", "lora_ga_config": "LoraGAConfig"}
+"""Keys of LoRA's config whose value is another config, of an initialization that passes over training examples."""
+_HIDDEN_OPTIONS = frozenset({"cache_file", "covariance_file", "verbose", "prune_temporary_fields", "label_mask_value"})
+"""Options of LoRA's initializations that have no meaning in a run, or name pickled files."""
 _DEFAULT_VIRTUAL_TOKENS = 20
 _REPLACED_DEFAULTS: Mapping[str, object] = {"num_virtual_tokens": _DEFAULT_VIRTUAL_TOKENS}
 """Defaults of fields that have none in peft."""
+
+
+class InitSection(ConfigSection):
+    """Options of an initialization of LoRA that passes over training examples."""
+
+    init_examples: int = Field(default=256, gt=0)
+    """Training examples of the pass, in the order of the first steps; all if there are fewer."""
+
+
+@functools.cache
+def build_init_section(key: str) -> type[InitSection]:
+    """Return the section of ``method.KEY``: the options of peft's config class of an initialization."""
+    from peft.tuners.lora import config
+
+    config_class: type[Any] = getattr(config, INIT_CLASSES[key])
+    hints = typing.get_type_hints(config_class)
+    keys: dict[str, Any] = {
+        field.name: (hints[field.name], _build_default(field))
+        for field in dataclasses.fields(config_class)
+        if field.name not in _HIDDEN_OPTIONS
+    }
+
+    def check(section: InitSection) -> InitSection:
+        config_class(**section.model_dump(exclude={"init_examples"}))  # raises ValueError for a value out of range
+        return section
+
+    validators: dict[str, Any] = {"check_options": model_validator(mode="after")(check)}
+    name = f"{config_class.__name__}Section"
+    return create_model(name, __base__=InitSection, __module__=__name__, __validators__=validators, **keys)
 
 
 @functools.cache
@@ -54,6 +89,9 @@ def build_fields(peft_type: str) -> dict[str, Any]:
     fields = [field for field in dataclasses.fields(config_class) if field.init and field.name not in SET_BY_PEFTBENCH]
     keys: dict[str, Any] = {}
     for field in fields:
+        if field.name in INIT_CLASSES:
+            keys[field.name] = (Optional[build_init_section(field.name)], _build_default(field))
+            continue
         annotation, default = _to_recipe_type(hints[field.name]), _build_default(field)
         # Some classes have the default None for a field whose annotation does not allow it.
         keys[field.name] = (Optional[annotation] if default.default is None else annotation, default)

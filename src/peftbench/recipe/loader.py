@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from peftbench.common.fingerprint import add_neutral_keys
 from peftbench.common.renamed_keys import MOVED_KEYS, RENAMED_KEYS, RENAMED_VALUES, REPLACED_SWITCHES
-from peftbench.common.schema import ConfigSection
+from peftbench.common.schema import ConfigSection, find_section_class
 from peftbench.common.text import escape_interpolation, expand_home
 from peftbench.common.validation_errors import OUT_OF_RANGE_ERRORS, describe_requirement
 from peftbench.data.sources import SOURCES
@@ -313,11 +313,10 @@ def _locate_error(
         if group is None or str(key) not in group.model_fields:
             continue
         field = group.model_fields[str(key)]
-        annotation = field.annotation
         if table:
             group = find_section(table, given, field) if isinstance(given, Mapping) else None
         else:
-            group = annotation if isinstance(annotation, type) and issubclass(annotation, ConfigSection) else None
+            group = find_section_class(field.annotation)
         fields = list(group.model_fields) if group is not None else fields
     return ".".join(path) or "the recipe", fields, list(table)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from peftbench.common.schema import ConfigSection
+from peftbench.common.schema import ConfigSection, find_section_class
 from peftbench.errors import WrongTypeError
 
 _AMBIGUOUS_NUMBER = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9]*)?")
@@ -85,8 +85,7 @@ def _find_group(
     """Return the class of a group of keys, None if the key holds a value."""
     if key in kinds and isinstance(value, dict):
         return find_section(kinds[key], value, field)
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, ConfigSection) else None
+    return find_section_class(field.annotation)
 
 
 def _restore(value: object, text: object, annotation: object, path: str) -> object:

@@ -197,10 +197,10 @@ class RunRecord(RecordModel):
 
     @property
     def startup_seconds(self) -> float | None:
-        """Seconds before the first step: trying the method, loading, encoding and building."""
+        """Seconds before the first step: loading, encoding, building, and a pass over data for initial values."""
         if not self.step_losses:
             return None
-        return self.phase_seconds.get("load", 0.0) + self.phase_seconds.get("build", 0.0)
+        return sum(self.phase_seconds.get(phase, 0.0) for phase in ("load", "build", "initialize"))
 
 
 def train_peak_bytes(record: RunRecord) -> int | None:

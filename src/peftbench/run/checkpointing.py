@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from peftbench.training.callbacks import StepInfo
 
 
+INITIAL_VALUES_KEY = "initial_values"
+"""Key of the values that the method computed before the first step, in a checkpoint."""
+
+
 class TrainingCheckpointer:
     """Checkpoints of one training. A step callback; the last one, since it may end the training."""
 
@@ -41,12 +45,7 @@ class TrainingCheckpointer:
     ) -> None:
         self.state, self.adapted_model, self.training = state, adapted_model, training
         self.shutdown_signal = shutdown_signal
-        self.checkpoint_manager = CheckpointManager(
-            state.accelerator,
-            state.run_dir.path,
-            _build_metadata(state, adapted_model),
-            state.recipe.checkpoint.keep_latest,
-        )
+        self.checkpoint_manager = build_checkpoint_manager(state, adapted_model)
         self.best_weights: BestWeights | None = None
         """Weights with the lowest held-out loss, with ``checkpoint.keep_best``."""
         if state.recipe.checkpoint.keep_best:
@@ -151,6 +150,7 @@ class TrainingCheckpointer:
             to_save |= {
                 "probe": state.probe.state_dict(),
                 "resumed_after": state.resumed_after,
+                INITIAL_VALUES_KEY: getattr(self.adapted_model.model, "initial_values", None),
                 "held_out_curve": state.held_out_curve.model_dump() if state.held_out_curve else None,
                 "measurements": {
                     "counted_flops": state.get_counted_flops(),
@@ -212,6 +212,12 @@ class TrainingCheckpointer:
             return reason
         num_requests: Any = accelerator.reduce(torch.tensor(float(reason is not None), device=accelerator.device))
         return (reason or "another process") if float(num_requests) else None
+
+
+def build_checkpoint_manager(state: RunState, adapted_model: AdaptedModel) -> CheckpointManager:
+    """Return the manager of the checkpoints of this training."""
+    metadata, keep_latest = _build_metadata(state, adapted_model), state.recipe.checkpoint.keep_latest
+    return CheckpointManager(state.accelerator, state.run_dir.path, metadata, keep_latest)
 
 
 def _build_metadata(state: RunState, adapted_model: AdaptedModel) -> CheckpointMetadata:

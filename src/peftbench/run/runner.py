@@ -26,6 +26,7 @@ from peftbench.profiler.throughput import explain_untimed_run
 from peftbench.record import RunRecord
 from peftbench.run.checkpointing import TrainingCheckpointer
 from peftbench.run.forgetting import measure_loss_before
+from peftbench.run.initialization import initialize_model
 from peftbench.run.interval_evaluation import EarlyStoppingCallback, IntervalEvaluation, describe_early_stop
 from peftbench.run.oom import OomHandler, resolve_auto_micro_batch
 from peftbench.run.outcome import OutcomeHandler
@@ -191,6 +192,10 @@ class Run:
             with probe.phase("build"):
                 examples = load_examples(state, encoder, "train")
                 compare_splits(state, examples, held_out)
+            adapted_model = initialize_model(
+                state, adapted_model, examples, encoder.eos_token_id, self.shutdown_signal.raise_if_requested
+            )
+            with probe.phase("build"):
                 evaluator = build_interval_evaluator(state, adapted_model, encoder, held_out, self.oom_handler.is_oom)
             self.train(adapted_model, examples, encoder.eos_token_id, encoder=encoder, interval_evaluator=evaluator)
             state.notes += recipe.method.list_training_notes(adapted_model.model)

@@ -169,9 +169,10 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     frozen_part = recipe.method.get_frozen_part(model)  # found by a forward pass, while all weights are of one type
     _check_feature_cache(recipe, frozen_part)
     convert_frozen_weights(base.model, TORCH_DTYPES[recipe.frozen_dtype])
+    trainable, six_n_parameters = count_parameters(recipe, base, model)
     parameters = ParameterCounts(
         total=total,
-        trainable=_count_trained(recipe, base, model),
+        trainable=trainable,
         added_frozen=_count_added(model, tensors_before),
     )
     checkpointing = _enable_checkpointing(recipe, base, frozen_part, notes)
@@ -190,8 +191,6 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
         kernel=recipe.train.cross_entropy,
     )
     notes += loss_notes
-    # Includes what the method added to the base model, as HF Trainer counts.
-    six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
     merges = trial.merging_problem is None if recipe.method.needs_trial else recipe.method.merges_into_base
     return AdaptedModel(
         base,
@@ -219,8 +218,8 @@ def _list_precision_notes(recipe: Recipe, base: LoadedModel) -> list[str]:
     return notes
 
 
-def _count_trained(recipe: Recipe, base: LoadedModel, model: nn.Module) -> int:
-    """Return the number of trained scalars.
+def count_parameters(recipe: Recipe, base: LoadedModel, model: nn.Module) -> tuple[int, int]:
+    """Return the numbers of trained scalars, and of scalars outside embeddings with those that the method added.
 
     Raises:
         UnsupportedModelError: a method that should train trains none.
@@ -231,7 +230,7 @@ def _count_trained(recipe: Recipe, base: LoadedModel, model: nn.Module) -> int:
             f"method.kind={recipe.method.kind} trains no parameter of this {base.model.config.model_type}; use another "
             "method"
         )
-    return trained
+    return trained, base.model.num_parameters(exclude_embeddings=True)
 
 
 def _check_feature_cache(recipe: Recipe, part: FrozenPart) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
@@ -260,6 +261,15 @@ class CheckpointManager:
                 f"Cannot resume from {path}: it has checkpoint format {version}, and this version reads format "
                 f"{_FORMAT_VERSION}; delete {path.parent} to start over{replaced}"
             )
+        return None
+
+    def read_latest(self, key: str) -> Any:  # noqa: ANN401 — the type that was saved
+        """Return one part of the state that the main process wrote to the newest valid checkpoint; None without one."""
+        for path in self.list_checkpoints():
+            if _read_valid_metadata(path) is not None:
+                with contextlib.suppress(*_READ_ERRORS):
+                    tree = serialization.load_tree(path / _rank_dir_name(0), torch.device("cpu"))
+                    return tree.get(key)
         return None
 
     def load(self, checkpoint: CheckpointRef) -> tuple[dict[str, Any], bool]:

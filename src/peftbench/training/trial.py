@@ -10,7 +10,7 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from peftbench.common.text import first_line
 from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator
 from peftbench.errors import UnsupportedModelError
+from peftbench.methods.initialization import InitializationPass
 from peftbench.methods.small_copy import CopySize, build_small_copy, identify
 from peftbench.modeling.loading import load_config
 from peftbench.modeling.loss import CausalLMLoss, build_loss
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
 
 _LENGTHS = (9, 6)
+_MIN_DOCUMENTS = 8
+"""Smallest number of documents from which initial values are computed."""
 _NOISE = 0.1
 """Standard deviation of the noise that is added to the trained parameters, to change their initial values."""
 _TOLERANCE, _EFFECT_TOLERANCE = 1e-5, 1e-3
@@ -74,6 +77,7 @@ class Trial:
             UnsupportedModelError: one does not.
         """
         kind = recipe.method.kind
+        recipe.method.check_quantization(recipe.model.quantization)
         if recipe.model.quantization is not None and not self.adapts_quantized:
             raise UnsupportedModelError(
                 f"method.kind={kind} does not adapt a quantized base model: peft has no layer for it; set "
@@ -193,6 +197,7 @@ def _try_on_copy(method: Method, source: _Copy) -> Trial:
     before = _count_values(base)
     with _FunctionNames() as called:
         subject = _apply(base, method)
+    _initialize(subject)
     trained = {name: parameter for name, parameter in subject.model.named_parameters() if parameter.requires_grad}
     _check_gradients(subject, batch, trained)
     num_trained = sum(parameter.numel() for parameter in trained.values())
@@ -231,6 +236,26 @@ def _try_on_copy(method: Method, source: _Copy) -> Trial:
 def _apply(base: PreTrainedModel, method: Method) -> _Subject:
     torch.manual_seed(0)  # the same initial values in every copy
     return _Subject(base, method.apply(base, None), method)  # type: ignore[arg-type] # a small model has no tokenizer
+
+
+def _initialize(subject: _Subject) -> None:
+    """Compute and set the method's initial values on random documents; a copy is not quantized."""
+    needs = subject.method.initialization
+    if needs is None:
+        return
+    length, vocabulary = _LENGTHS[0], int(subject.base.config.vocab_size)
+    documents = torch.randint(vocabulary, (max(_MIN_DOCUMENTS, 2 * needs.tokens // (length - 1) + 1), length)).tolist()
+    loss = subject.build_loss(use_masks=True)
+
+    def collate(indices: Sequence[int]) -> MicroBatch:
+        return Collator(0).collate([documents[index] for index in indices], [(1, length)] * len(indices))
+
+    def compute_loss(batch: MicroBatch) -> torch.Tensor:
+        with loss.attention_context():
+            return loss(subject.model, batch)
+
+    data = InitializationPass(len(documents), collate, compute_loss)
+    subject.method.set_initial_values(subject.model, subject.method.compute_initial_values(subject.model, data))
 
 
 def _build_batch(
@@ -388,6 +413,8 @@ def _check_flops(subject: _Subject) -> tuple[str | None, bool]:
 
 def _check_meta(method: Method, source: _Copy, called: set[str]) -> str | None:
     """Apply the method on the meta device; ``called`` has the functions that it calls when applied and in a forward."""
+    if method.initialization is not None:
+        return "its initial values are computed before the first step, and the memory of that is not modeled"
     for name in called & _UNPLANNED_FUNCTIONS.keys():
         return _UNPLANNED_FUNCTIONS[name]
     _apply(source.build().to("meta"), method)  # type: ignore[arg-type]

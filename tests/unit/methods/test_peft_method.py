@@ -46,9 +46,9 @@ def logits_of(model: Any) -> torch.Tensor:
         ({"kind": "dora", "r": "8"}, WrongTypeError, "method.r='8' has the wrong type; it must be an integer"),
         ({"kind": "peft", "type": "VERRA"}, OutOfRangeError, "type=VERRA is not a type of peft; did you mean 'VERA'?"),
         (
-            {"kind": "peft", "type": "LORA", "init_lora_weights": "eva"},
+            {"kind": "peft", "type": "LORA", "init_lora_weights": "evaa"},
             OutOfRangeError,
-            "eva needs a pass over the data",
+            "evaa is not an initialization; did you mean 'eva'?",
         ),
         ({"kind": "ia3", "target_modules": "*_proj"}, OutOfRangeError, "invalid regular expression"),
         ({"kind": "dora", "layers_to_transform": [1]}, OutOfRangeError, "peft ignores layers_to_transform with"),
