@@ -1,4 +1,4 @@
-"""Measure step times with computed and with loaded states in turns, for the last blocks of a GPT-2 small.
+"""Compare the step times with computed and with loaded states, if the last blocks of a GPT-2 small are trained.
 
 Run it as ``python -m benchmarks.feature_cache.steps``. Weights are random, since times do not depend on them. Each pair
 of steps runs back to back, so that other load on the machine affects both.
@@ -28,7 +28,7 @@ EXAMPLES, TOKENS, LABELS, PAIRS = 4, 128, 32, 6
 
 
 def build_batch(vocabulary: int) -> MicroBatch:
-    """Return a packed micro-batch of random tokens, the last of each example labeled."""
+    """Return a packed micro-batch of random tokens; the last ``LABELS`` tokens of each example are labeled."""
     ids = torch.randint(1, vocabulary, (EXAMPLES, TOKENS)).tolist()
     spans = [[TOKENS - LABELS, TOKENS]] * EXAMPLES
     return PaddingFreeCollator(0).collate(ids, spans, range(EXAMPLES))
@@ -44,7 +44,7 @@ def time_step(loss: CachedFeatureLoss, batch: MicroBatch) -> float:
 
 
 def measure(num_blocks: int) -> dict[str, float]:
-    """Return the median seconds of both kinds of steps, and the median ratio of the pairs."""
+    """Return the median seconds of both kinds of step, and the median of the ratios within pairs."""
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config()).eval()
     method = LastBlocks(num_blocks=num_blocks)

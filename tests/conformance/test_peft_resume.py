@@ -12,7 +12,7 @@ from tests.helpers.stopped_runs import run_until_first_checkpoint
 from tests.helpers.workshop import Workshop
 
 FAST = {"IA3", "OSF", "PREFIX_TUNING", "PVERA"}
-"""A product with activations, replaced layers, trained keys and values, and random numbers in each forward pass."""
+"""Types that scale activations, replace layers, train keys and values, and draw random numbers in the forward pass."""
 POINTS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ALL_TYPES]
 
 

@@ -117,7 +117,7 @@ def test_trial_finds_what_a_type_does(name: str, family: str) -> None:
     ],
 )
 def test_trial_of_a_computed_initialization(kind: str, family: str) -> None:
-    """The outputs start at those of the base, everything works, and only the plan is refused."""
+    """The initial outputs equal those of the base model, every check passes, and only the plan is refused."""
     trial = try_method(METHOD_KINDS[kind].model_validate({}), FAMILIES[family]())
     problems = (trial.batching_problem, trial.packing_problem, trial.checkpointing_problem, trial.flops_problem)
     assert problems == (None,) * 4

@@ -1,4 +1,4 @@
-"""Every type of peft and every initialization from data on two processes, compared with one; a stopped run resumes."""
+"""Two processes match one, and a stopped run resumes, for every type of peft and every initialization from data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DRAWS_NOISE = {"PVERA"}
 """It draws random numbers in each forward pass, which differ between processes."""
 
 UNSUPPORTED = {("zero2", "ADALORA")}
-"""It reads gradients after the optimizer's step, and DeepSpeed has deleted them."""
+"""It reads gradients after the optimizer's step, but DeepSpeed has deleted them by then."""
 POINTS = [
     (engine, name)
     for engine in ENGINES_OF_TYPES

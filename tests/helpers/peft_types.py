@@ -37,7 +37,7 @@ _TINY_KEYS: dict[str, dict[str, Any]] = {
 }
 """Keys of types whose defaults are too large for a tiny model, or that have no defaults."""
 COMPUTED = ("CORDA", "EVA", "LORA_GA")
-"""Initializations of LoRA that pass over training examples; in place of a type."""
+"""Initializations of LoRA from training examples; :func:`build_method` accepts their names like those of types."""
 _PRESET_OF_TYPE = {preset.peft_type: kind for kind, preset in PRESETS.items() if preset.peft_type != "LORA"}
 _PRESET_OF_TYPE |= {name: name.lower() for name in COMPUTED}
 

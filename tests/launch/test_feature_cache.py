@@ -62,7 +62,7 @@ def two_processes(engine: str, folder: Path, *arguments: str) -> list[str]:
 
 
 def load_weights(folder: Path, name: str) -> torch.Tensor:
-    """Return the values of all weights that a run saved, trained ones and others."""
+    """Return the values of all weights that a run saved, trained and frozen."""
     weights = load_file(folder / "out" / name / "model" / "model.safetensors")
     return torch.cat([weights[key].flatten() for key in sorted(weights)])
 

@@ -25,7 +25,7 @@ class ConfigSection(BaseModel):
 
 
 def find_section_class(annotation: object) -> type[ConfigSection] | None:
-    """Return the class of a group of keys, which may be null; None if the annotation is that of a value."""
+    """Return the section class of a field, which may be optional; None if the field holds a plain value."""
     classes = [one for one in get_args(annotation) or (annotation,) if one is not type(None)]
     is_group = len(classes) == 1 and isinstance(classes[0], type) and issubclass(classes[0], ConfigSection)
     return classes[0] if is_group else None

@@ -33,7 +33,7 @@ class GlobalBatch:
     hardware_flop_units: FlopUnits = field(default_factory=FlopUnits)
     """Work of whole forward and backward passes, padding included, over all ranks."""
     skipped_flop_units: FlopUnits = field(default_factory=FlopUnits)
-    """The part of ``hardware_flop_units`` that a frozen part did not execute, because its states were stored."""
+    """The part of ``hardware_flop_units`` that the frozen part skips, because its states are loaded."""
 
     @property
     def max_shape(self) -> tuple[int, int]:
@@ -164,7 +164,7 @@ class Batches:
         return self.collator.hardware_flop_units(micro_batch)
 
     def skipped_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
-        """Return the part of that work that a frozen part does not execute: none without stored states."""
+        """Return the part of that work that the frozen part skips: none without a feature cache."""
         return FlopUnits()
 
     def _split_micro_batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -52,7 +52,7 @@ def list_cache_usage() -> list[CacheUsage]:
     return [
         CacheUsage("examples", "examples of files and data sets, and their encodings", _find(data, "peftbench")),
         CacheUsage("copies", "copies of local data sets", _find(data, "peftbench-*")),
-        CacheUsage("features", "hidden states above frozen parts (train.feature_cache)", _find(own, FEATURES_FOLDER)),
+        CacheUsage("features", "hidden states of frozen parts (train.feature_cache)", _find(own, FEATURES_FOLDER)),
         CacheUsage("docstrings", "the docstring corpus", _find(own, f"{DOCSTRINGS_PREFIX}*")),
     ]
 

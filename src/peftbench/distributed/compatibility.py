@@ -303,7 +303,7 @@ RULES = (
         engines=_SHARDED_ENGINES,
     ),
     Rule(
-        "this optimizer evaluates averages of the weights, in which ranks that this method masked are not zero",
+        "this optimizer evaluates weights averaged over steps, in which ranks that this method masked are not zero",
         optional_feature=GRADIENT_READER,
         optimizers=_optimizers(lambda optimizer: optimizer.averages_weights),
     ),

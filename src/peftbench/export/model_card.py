@@ -28,7 +28,7 @@ _CONV1D_CODE = [
     "        linear.weight.data, linear.bias.data = layer.weight.data.T.contiguous(), layer.bias.data",
     "        base.set_submodule(name, linear)",
 ]
-"""Replaces the Conv1D layers of ``base``."""
+"""Code that replaces the Conv1D layers of ``base`` by Linear layers."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Stores hidden states above the frozen part of a model on disk, so that later epochs compute only what is trained."""
+"""Stores the hidden states of a model's frozen part on disk, so that later epochs skip that part."""

@@ -1,4 +1,4 @@
-"""Train over a frozen part's stored hidden states: each example passes the frozen part once, then what is above.
+"""Train on stored hidden states: the frozen part of the model processes each example once.
 
 The order of examples, the steps and all counts stay the same. Every rank derives from the batch order which examples an
 earlier step has computed on any rank, so ranks agree on what to compute without communication: the all-reduce at the
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class CachedFeatureLoss(CausalLMLoss):
-    """Loss of a model that skips everything below a cut where the hidden states are stored.
+    """Loss of a model that skips everything below a cut if the hidden states at the cut are stored.
 
     Computed states are rounded to the stored dtype too, so a step's loss does not depend on whether its states were
     computed or loaded.
@@ -88,7 +88,7 @@ class CachedFeatureBatches(Batches):
         return replace(micro_batch, feature_mode="load" if is_cached else "save")
 
     def skipped_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
-        """Return the work that the frozen part does not execute: all of it if its states are loaded."""
+        """Return the work that the frozen part skips: all of it if its states are loaded."""
         if micro_batch.feature_mode == "load":
             return self.hardware_flop_units(micro_batch)
         return super().skipped_flop_units(micro_batch)
@@ -112,12 +112,12 @@ def open_feature_cache(
     *,
     context: AcceleratorContext,
 ) -> CachedTraining:
-    """Open or create the store of the hidden states above a frozen part; a collective: all ranks must call it.
+    """Open or create the store of the hidden states of a frozen part; a collective: all ranks must call it.
 
     Logs the store's size on standard error before creating it.
 
     Raises:
-        UnsupportedModelError: stored states do not replace the frozen part of this model.
+        UnsupportedModelError: stored states cannot replace the frozen part of this model.
         OutputError, DiskFullError: the store's folder is not writable or the disk is too full.
     """
     dtype = recipe.train.feature_cache

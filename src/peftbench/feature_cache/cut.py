@@ -1,8 +1,8 @@
-"""The place where a model is cut: hidden states are stored there, and later epochs compute only what is above.
+"""Cuts: places in a model where hidden states are stored, so that later epochs compute only what is above.
 
-The model's own forward pass runs in either case, inside the engine's wrappers, so gradients are averaged as usual, and
-position embeddings, masks and packed rows stay those of the model. While states are loaded, the modules below the cut
-return at once; embeddings still look up their tokens.
+The whole model is called in either case, inside the engine's wrappers. Gradients are then averaged as usual, and the
+model computes its own masks and position embeddings. If states are loaded, the modules below the cut return without
+computing; below a :class:`BlockCut`, the embedding lookup still runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peftbench.methods.frozen_part import FrozenPart
 
 Save = Callable[[torch.Tensor], None]
-"""Takes the states of a micro-batch: one row for each stored position of its examples, in order."""
+"""Function that stores the states of a micro-batch: one row for each stored position of its examples, in order."""
 _TEST_SHAPE = (2, 5)
 """Rows and positions of the forward passes that compare computed and loaded states."""
 
@@ -46,7 +46,8 @@ class Cut(ABC):
     def save(self, batch: MicroBatch, dtype: StorageDtype, save: Save) -> AbstractContextManager[None]:
         """Return the context of a forward pass that computes the states of ``batch`` and passes them to ``save``.
 
-        The pass continues with the states as they are read back, so that losses do not depend on who computes them.
+        The pass continues with the states in their stored dtype, so that losses do not depend on whether states were
+        computed or loaded.
         """
 
     @abstractmethod
@@ -55,7 +56,7 @@ class Cut(ABC):
 
 
 class HeadCut(Cut):
-    """Below the output head: its inputs at labeled positions are stored, and the backbone is skipped.
+    """A cut below the output head: its inputs at labeled positions are stored, and the backbone is skipped.
 
     The backbone then returns a cached one-token output, and the head receives the stored states.
     """
@@ -90,19 +91,19 @@ class HeadCut(Cut):
 
 
 class BlockCut(Cut):
-    """Above a frozen block: its outputs at all real positions are stored, and the blocks up to it are skipped.
+    """A cut above the last frozen block: its outputs at real positions are stored, and the frozen blocks are skipped.
 
-    The blocks above attend to all positions. Padding is on the right, where no real position attends, so its states may
-    have any value; they are zero.
+    The blocks above attend to all real positions. Padding is on the right, so no real position attends to it; its
+    states are set to zero.
     """
 
     position_kind = "real"
 
     def __init__(self, base: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-        """Observe what the frozen ``blocks`` return; call it in the precision of the training.
+        """Record the form of what the frozen ``blocks`` return; call it under the autocast of training.
 
         Raises:
-            UnsupportedModelError: the blocks pass more than hidden states upwards, so that these do not replace them.
+            UnsupportedModelError: stored states cannot replace the blocks, which pass more than hidden states upwards.
         """
         self._blocks = list(blocks)
         self._templates: list[Any] = []
@@ -112,16 +113,16 @@ class BlockCut(Cut):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # model code may fail in any way if blocks are skipped
-            problem = f"skipping them fails: {first_line(error, max_length=100)}"
+            problem = f"the model fails without them: {first_line(error, max_length=100)}"
         if problem is not None:
             raise UnsupportedModelError(
-                f"stored hidden states do not replace the lower blocks of {base.config.model_type} ({problem}); set "
+                f"stored hidden states cannot replace the lower blocks of {base.config.model_type} ({problem}); set "
                 "train.feature_cache=null"
             )
 
     @torch.no_grad()
     def _try(self, base: PreTrainedModel) -> str | None:
-        """Return why loaded states give other logits than computed ones; None if they are equal to the last bit."""
+        """Return why stored states cannot replace the blocks; None if the logits are then equal to the last bit."""
         rows, width = _TEST_SHAPE
         ids = (torch.arange(rows * width, device=base.device) * 7 + 3) % int(base.config.vocab_size)
         ids = ids.view(rows, width)
@@ -137,11 +138,11 @@ class BlockCut(Cut):
                 stack.enter_context(_transform_output(block, observe))
             computed = base(input_ids=ids, use_cache=False).logits
         if states[-1].shape[:2] != _TEST_SHAPE:
-            return "their outputs are not rows of positions"
+            return "the shape of their outputs does not start with rows and positions"
         self.hidden_size, self._dtype = states[-1].shape[-1], states[-1].dtype
         with self._skip_blocks(states[-1]):
             loaded = base(input_ids=ids, use_cache=False).logits
-        return None if torch.equal(computed, loaded) else "the blocks above read more than their output"
+        return None if torch.equal(computed, loaded) else "the blocks above them read more than their output"
 
     @contextmanager
     def save(self, batch: MicroBatch, dtype: StorageDtype, save: Save) -> Iterator[None]:
@@ -232,7 +233,7 @@ def _replace_hidden(output: Any, hidden: torch.Tensor) -> Any:
 
 
 def _remove_tensors(output: Any) -> Any:
-    """Return the form of an output."""
+    """Return a template of an output, with None in place of each tensor."""
     if not isinstance(output, (tuple, list)):
         return None
     return type(output)(None if isinstance(item, torch.Tensor) else item for item in output)
@@ -247,9 +248,9 @@ def _transform_output(module: nn.Module, transform: Callable[[Any], Any]) -> Ite
 
 
 def _replace_call(module: nn.Module, call: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """Replace the call of ``module``, hooks and compiled code included.
+    """Replace the call of ``module``, including its hooks and compiled code, in the context.
 
-    torch calls this attribute in place of the module once the module is compiled. A forward hook or another ``forward``
-    would become a part of the compiled code.
+    torch calls this attribute in place of the module if it is set, as in a compiled module. A forward hook or another
+    ``forward`` would become part of the compiled code.
     """
     return patch.object(module, "_compiled_call_impl", call)

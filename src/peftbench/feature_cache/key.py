@@ -65,7 +65,7 @@ def build_cache_key(
 def hash_frozen_part(base: PreTrainedModel, part: FrozenPart) -> str:
     """Return a hash of the parameters and buffers that states may depend on: names, dtypes, shapes and bytes.
 
-    Those of modules that run above the part only are excluded, unless another module shares them.
+    Tensors of modules that run only above the part are excluded, unless another module shares them.
     """
     digest = hashlib.blake2b(digest_size=16)
     for module_name, module in sorted(base.named_modules(), key=lambda item: item[0]):
@@ -81,7 +81,7 @@ def hash_frozen_part(base: PreTrainedModel, part: FrozenPart) -> str:
 
 
 def hash_encoded_examples(examples: EncodedExamples) -> tuple[str, dict[PositionKind, torch.Tensor]]:
-    """Return a hash of all token ids and label spans, and the numbers of positions per example by kind (int64)."""
+    """Return a hash of all token ids and label spans, and the positions of each kind per example (int64)."""
     digest = hashlib.blake2b(digest_size=16)
     labeled: list[int] = []
     real: list[int] = []

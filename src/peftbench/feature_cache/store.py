@@ -1,4 +1,4 @@
-"""Disk store of hidden states at the stored positions of each training example.
+"""Disk store of hidden states at selected positions of each training example.
 
 A folder with three files: ``features``, the rows of all examples in order; ``completed``, one byte per example, 1 once
 its rows are written; and ``metadata.json``, the cache key and layout. An empty file ``durable`` marks a store that was

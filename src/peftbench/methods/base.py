@@ -60,7 +60,7 @@ class Method(ConfigSection):
     merges_into_base: ClassVar[bool] = False
     """True if the saved adapter can be merged into the base model's weights; False also for a saved whole model."""
     reads_gradients: ClassVar[bool] = False
-    """True if :meth:`after_optimizer_step` reads gradients, which the engine then must keep unsharded until then."""
+    """True if :meth:`after_optimizer_step` reads gradients; the engine must then keep them, unsharded."""
 
     learning_rates: ClassVar[tuple[float, float] | None] = None
     """Lowest and highest learning rate that ``learning_rate_source`` reports; None if unknown."""
@@ -96,7 +96,7 @@ class Method(ConfigSection):
 
     @property
     def has_frozen_backbone(self) -> bool:
-        """True if everything below the output head is frozen on every model, so that the backward pass ends there.
+        """True if everything below the output head is frozen in every model, so that the backward pass ends there.
 
         :meth:`get_frozen_part` returns what is frozen in one model.
         """
@@ -104,7 +104,7 @@ class Method(ConfigSection):
 
     @property
     def supports_feature_cache(self) -> bool:
-        """True if it has a frozen part on some models, whose hidden states ``train.feature_cache`` may store."""
+        """True if it leaves a frozen part in some models, whose hidden states ``train.feature_cache`` can store."""
         return False
 
     @property
@@ -133,16 +133,16 @@ class Method(ConfigSection):
         return None
 
     def compute_initial_values(self, model: nn.Module, data: InitializationPass) -> InitialValues:
-        """Return initial values of the applied model, whose outputs are still those of the base model.
+        """Return initial values for the applied model, whose outputs still equal those of the base model.
 
         Raises:
             OutOfRangeError, UnsupportedModelError: they cannot be computed on these examples or this model.
         """
-        raise TypeError(f"{type(self).__name__} needs no pass before the training")
+        raise TypeError(f"{type(self).__name__} computes no initial values")
 
     def set_initial_values(self, model: nn.Module, values: InitialValues) -> None:
-        """Set computed values in the applied model. Shapes of its trained parameters may change."""
-        raise TypeError(f"{type(self).__name__} needs no pass before the training")
+        """Set computed values in the applied model. The shapes of its trained parameters may change."""
+        raise TypeError(f"{type(self).__name__} computes no initial values")
 
     def check_quantization(self, quantization: str | None) -> None:
         """Check that it works with this ``model.quantization``.
@@ -162,11 +162,11 @@ class Method(ConfigSection):
     def get_frozen_part(self, model: nn.Module) -> FrozenPart:
         """Return the part of the applied model below everything that is trained.
 
-        Its hidden states of an example are the same in every epoch, so that they can be computed once.
+        It computes the same hidden states for an example in every epoch, so they can be stored.
         """
         from peftbench.methods.frozen_part import FrozenPart
 
-        return FrozenPart(obstacle=f"{self.kind} trains in every block")
+        return FrozenPart(obstacle=f"{self.kind} trains parameters in every block")
 
     def set_training(self, model: nn.Module) -> None:
         """Set the applied model to the mode in which it is trained."""
@@ -177,13 +177,12 @@ class Method(ConfigSection):
         return None
 
     def start_training(self, model: nn.Module, total_steps: int) -> None:
-        """Prepare the applied model for a training of ``total_steps`` optimizer steps."""
+        """Prepare the applied model for ``total_steps`` optimizer steps."""
 
     def compute_penalty(self, model: nn.Module) -> torch.Tensor | None:
-        """Return a differentiable scalar that each step adds to its mean loss, None without one.
+        """Return a differentiable scalar that is added to the mean loss of each step; None if there is none.
 
-        It counts once in each step, however many micro-batches and processes the step has. The recorded losses do not
-        contain it.
+        It is added once per step, for any number of micro-batches and processes. The recorded losses do not contain it.
         """
         return None
 
@@ -191,13 +190,13 @@ class Method(ConfigSection):
         """Change the model after ``step`` (counted from 1), while its gradients still exist.
 
         The gradients are clipped and unscaled. ``was_skipped``: fp16's loss scaler skipped the update, since a
-        gradient is not finite.
+        gradient was not finite.
         """
 
     def capture_state(self, model: nn.Module) -> dict[str, Any]:
-        """Return what the training changes in addition to parameters: tensors, numbers and strings in dicts and lists.
+        """Return the state that training changes besides parameters: tensors, numbers and strings in dicts and lists.
 
-        It refers to the training's own tensors.
+        The tensors are not copied.
         """
         return {}
 
@@ -206,11 +205,11 @@ class Method(ConfigSection):
 
     @property
     def simulated_step(self) -> int:
-        """Number of the step with the most memory, for a memory plan of a model before :meth:`start_training`."""
+        """Number of the step that a memory plan simulates: one with the most memory, without :meth:`start_training`."""
         return 1
 
     def list_training_notes(self, model: nn.Module) -> list[str]:
-        """Return sentences for the record about what the training changed; called after the last step."""
+        """Return sentences for the record about what training changed; called after the last step."""
         return []
 
     def generate(
@@ -271,7 +270,7 @@ class Method(ConfigSection):
         return weights
 
     def restore_structure(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Give the applied model the shapes and frozen weights of the saved one; return its trained weights."""
+        """Give the applied model the shapes and frozen weights of the saved one; return the trained weights to load."""
         return weights
 
     def merge(self, model: nn.Module) -> PreTrainedModel:

@@ -1,6 +1,6 @@
-"""The frozen part of a model: what is below its lowest trained parameter and computes the same in every step.
+"""The frozen part of a model: everything below its lowest trained parameter, which never changes in training.
 
-One forward pass of one token finds it: a hidden state requires a gradient exactly if something trained is below it.
+A forward pass of one token finds it: a hidden state requires a gradient if and only if a trained parameter is below it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class FrozenPart:
     block_names: tuple[str, ...] = ()
     """Names of the frozen blocks, from the first; empty if the part is the whole backbone."""
     upper_block_names: tuple[str, ...] = ()
-    """Names of the blocks above, from the lowest one."""
+    """Names of the blocks above the part, from the lowest one."""
     names_above: frozenset[str] = frozenset()
-    """Names of the modules that run above the part only."""
+    """Names of the modules that run only above the part."""
     obstacle: str | None = "nothing is trained"
     """Reason for which the part is empty; None if it is not."""
 
@@ -48,22 +48,22 @@ class FrozenPart:
 
     @property
     def name(self) -> str:
-        """Name of its last module: of a block, or "backbone"."""
+        """Name of the last frozen block, or "backbone"."""
         return "backbone" if self.is_backbone else self.block_names[-1]
 
     def describe(self) -> str:
         """Return what the part consists of."""
         if self.is_backbone:
-            return "everything below the output head is frozen"
+            return "frozen: everything below the output head"
         total = len(self.block_names) + len(self.upper_block_names)
-        return f"the lower {len(self.block_names)} of {total} blocks are frozen"
+        return f"frozen: the lowest {len(self.block_names)} of {total} blocks"
 
     def list_modules(self, base: PreTrainedModel) -> list[nn.Module]:
         """Return the modules of ``base`` that a step skips if it loads the states above them."""
         return [base.base_model] if self.is_backbone else [base.get_submodule(name) for name in self.block_names]
 
     def is_above(self, module_name: str) -> bool:
-        """True if a module runs above the part only."""
+        """True if a module runs only above the part."""
         return module_name in self.names_above or any(
             module_name == block or module_name.startswith(f"{block}.") for block in self.upper_block_names
         )
@@ -78,7 +78,7 @@ class FrozenPart:
 def find_frozen_part(base: PreTrainedModel, blocks: list[tuple[str, nn.Module]] | str) -> FrozenPart:
     """Return the frozen part of a model whose trained parameters require a gradient.
 
-    ``blocks`` are the transformer blocks with their names, or the reason for which the model has no list of them.
+    ``blocks`` are the transformer blocks with their names, or the reason why the model has no list of them.
     """
     trace = _Trace()
     with _evaluation_mode(base), trace.record(base, [] if isinstance(blocks, str) else blocks), torch.enable_grad():
@@ -100,9 +100,9 @@ def _find_frozen_blocks(base: PreTrainedModel, trace: _Trace, names: list[str]) 
     needs = [given or returned for given, returned in zip(trace.inputs_need, trace.outputs_need, strict=True)]
     count = needs.index(True) if True in needs else len(names)
     if count < len(names) and trace.inputs_need[count]:
-        return FrozenPart(obstacle=f"{_find_trained_name(base, trace)} is trained, which is below the blocks")
+        return FrozenPart(obstacle=f"{_find_trained_name(base, trace)}, below all blocks, is trained")
     if count == 0:
-        return FrozenPart(obstacle=f"{_find_trained_name(base, trace, names[0])} is trained, in the first block")
+        return FrozenPart(obstacle=f"{_find_trained_name(base, trace, names[0])}, in the first block, is trained")
     above = frozenset(trace.order[trace.ends[count - 1] :])
     return FrozenPart(False, tuple(names[:count]), tuple(names[count:]), above, None)
 
@@ -127,11 +127,11 @@ class _Trace:
     calls: list[int] = field(default_factory=list)
     """Indices of the blocks in the order of their calls."""
     starts: list[int] = field(default_factory=list)
-    """Number of modules that were called before each call of a block."""
+    """For each call of a block: number of distinct modules that were called before it started."""
     ends: list[int] = field(default_factory=list)
-    """Number of modules that were called before each call of a block ended."""
+    """For each call of a block: number of distinct modules that were called before it ended."""
     inputs_need: list[bool] = field(default_factory=list)
-    """True for each call of a block with an input that requires a gradient."""
+    """For each call of a block: True if an input requires a gradient."""
     outputs_need: list[bool] = field(default_factory=list)
     head_input_needs_gradient: bool | None = None
     """None if the head is not called."""
@@ -141,7 +141,7 @@ class _Trace:
         """Record the forward passes of ``base`` in the context."""
         handles = []
         for index, (_, block) in enumerate(blocks):
-            # Before the hooks of all modules: a block counts as one of the modules that run after its start.
+            # Registered before the hooks of all modules, so that a block counts as a module that runs after its start.
             handles.append(
                 block.register_forward_pre_hook(
                     lambda _, args, kwargs, index=index: self._enter_block(index, args, kwargs), with_kwargs=True

@@ -1,7 +1,7 @@
 """Initial values of LoRA that depend on data (EVA, CorDA, LoRA-GA) or on the error of a quantized base (LoftQ).
 
-peft computes the values. Here are the order of its steps, the checks, and what its functions need. Computing changes no
-weight of the model; the values are set afterwards, by the same operation in a first and in a resumed process.
+peft computes the values. This module calls peft's functions in order, prepares their inputs and checks them. Computing
+them changes no weight of the model. They are set afterwards, by the same functions in a new run and in a resumed one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 """Name of the adapter in peft."""
 _MAX_EVA_ROUNDS = 100
-"""Passes over the examples after which EVA's components count as not convergent."""
+"""Passes over the examples after which an error states that EVA's components have not converged."""
 
 InitialValues = dict[str, "torch.Tensor"]
 """Tensors by the names of layers: ``NAME.lora_A`` and ``NAME.lora_B``, for EVA ``NAME.lora_A`` alone."""
@@ -38,7 +38,7 @@ class InitializationNeeds(NamedTuple):
     examples: int
     """Number of training examples; 0: it reads none."""
     tokens: int = 0
-    """Smallest number of tokens, of those that it reads, in all examples together."""
+    """Number of tokens that all examples must have together; only tokens that it reads count."""
     weights: bool = False
     """True if it reads the weights before they were quantized."""
 
@@ -51,7 +51,7 @@ class InitializationPass:
     collate: Callable[[Sequence[int]], MicroBatch]
     """Collates examples, given by their position in the pass; a single one has no padding."""
     compute_loss: Callable[[MicroBatch], torch.Tensor]
-    """Runs the model in the precision of the training; returns the loss summed over labeled tokens."""
+    """Runs the model in the precision of training; returns the loss summed over labeled tokens."""
     weights_file: Path | None = None
     """``model.safetensors`` of the base model, which may be split into several files; None if it is not quantized."""
 
@@ -60,7 +60,7 @@ def list_layers(model: nn.Module, kind: str) -> dict[str, Any]:
     """Return the LoRA layers by name.
 
     Raises:
-        UnsupportedModelError: a layer has no matrix of its own, for which peft has no initialization of this kind.
+        UnsupportedModelError: peft has no such initialization for a layer: it is not linear, or its matrix is shared.
     """
     from peft.tuners.lora import LoraLayer
     from torch import nn
@@ -72,17 +72,17 @@ def list_layers(model: nn.Module, kind: str) -> dict[str, Any]:
         base = layer.get_base_layer()
         if not isinstance(base, (nn.Linear, Conv1D)) or base.weight is embeddings.weight:
             raise UnsupportedModelError(
-                f"init_lora_weights={kind} initializes linear layers with a matrix of their own, but "
-                f"method.target_modules contains {name.removeprefix('base_model.model.')}; leave it out"
+                f"init_lora_weights={kind} needs linear layers that share no matrix with the embedding, but "
+                f"method.target_modules contains {name.removeprefix('base_model.model.')}; remove it"
             )
     return layers
 
 
 def compute_eva(model: Any, data: InitializationPass, config: LoraConfig) -> InitialValues:
-    """Return the components of each layer's inputs; a layer without a rank has a tensor without rows.
+    """Return the components of each layer's inputs; the tensor of a layer with rank 0 has no rows.
 
     Raises:
-        OutOfRangeError: the examples have fewer tokens than a layer may get ranks.
+        OutOfRangeError: the examples have fewer tokens than the largest rank that a layer may get.
         UnsupportedModelError: peft cannot compute them.
     """
     from peft.tuners.lora.eva import get_eva_state_dict
@@ -90,8 +90,8 @@ def compute_eva(model: Any, data: InitializationPass, config: LoraConfig) -> Ini
     layers, head = list_layers(model, "eva"), model.get_output_embeddings()
     if any(layer is head for layer in layers.values()):
         raise UnsupportedModelError(
-            "init_lora_weights=eva reads the inputs of layers at all positions, but the output head in "
-            "method.target_modules is computed at labeled ones; leave it out"
+            "init_lora_weights=eva reads the inputs of layers at all positions, but the output head, which "
+            "method.target_modules contains, is computed only at labeled positions; remove it"
         )
     model.peft_config[ADAPTER].eva_config = config.eva_config
     batches = _join_examples(data, config)
@@ -122,7 +122,7 @@ def compute_eva(model: Any, data: InitializationPass, config: LoraConfig) -> Ini
 
 
 def set_eva(model: Any, values: InitialValues, config: LoraConfig) -> None:
-    """Give each layer the rank and the values of its components; remove layers without a rank."""
+    """Give each layer the rank and the values of its components; remove LoRA from layers with rank 0."""
     from peft import initialize_lora_eva_weights
 
     peft_config = model.peft_config[ADAPTER]
@@ -133,7 +133,7 @@ def set_eva(model: Any, values: InitialValues, config: LoraConfig) -> None:
 
 
 def _join_examples(data: InitializationPass, config: LoraConfig) -> list[MicroBatch]:
-    """Return batches of consecutive examples that each have as many tokens as a layer may get ranks."""
+    """Return batches of consecutive examples; each batch has at least :func:`count_eva_tokens` tokens."""
     needed = count_eva_tokens(config)
     groups: list[list[int]] = [[]]
     counts = [0]
@@ -148,7 +148,7 @@ def _join_examples(data: InitializationPass, config: LoraConfig) -> list[MicroBa
         counts[-2] += counts.pop()
     if counts[-1] < needed:
         raise OutOfRangeError(
-            f"init_lora_weights=eva needs {needed} tokens (method.r times method.eva_config.rho), and the "
+            f"init_lora_weights=eva needs {needed} tokens (method.r times method.eva_config.rho), but the "
             f"{data.num_examples} examples have {counts[-1]}; raise method.eva_config.init_examples, or lower method.r"
         )
     return [data.collate(group) for group in groups]
@@ -162,7 +162,7 @@ def count_eva_tokens(config: LoraConfig) -> int:
 
 
 def _select_tokens(batch: MicroBatch, config: LoraConfig) -> torch.Tensor:
-    """Return row and column of the tokens that EVA reads: labeled ones, or all; padding is none of them."""
+    """Return the row and column of each token that EVA reads: labeled tokens, or all tokens except padding."""
     import torch
 
     assert config.eva_config is not None
@@ -175,7 +175,7 @@ def _select_tokens(batch: MicroBatch, config: LoraConfig) -> torch.Tensor:
 
 
 def compute_corda(model: Any, data: InitializationPass, config: LoraConfig) -> InitialValues:
-    """Return the factors that CorDA takes out of each matrix, weighted by the covariance of its inputs."""
+    """Return the factors that CorDA separates from each matrix, by the covariance of the matrix's inputs."""
     from peft.tuners.lora.corda import preprocess_corda
 
     layers = list_layers(model, "corda")
@@ -201,7 +201,7 @@ def compute_lora_ga(model: Any, data: InitializationPass, config: LoraConfig) ->
     from peft.tuners.lora.loraga import preprocess_loraga
 
     layers = list_layers(model, "lora_ga")
-    _check_ranks(layers, "lora_ga", 2)  # it divides twice as many directions between the factors
+    _check_ranks(layers, "lora_ga", 2)  # A and B get different directions
 
     def run_steps() -> None:
         for index in range(data.num_examples):
@@ -238,14 +238,14 @@ def compute_loftq(model: Any, data: InitializationPass, config: LoraConfig) -> I
             short = name.removeprefix("base_model.model.")
             if not isinstance(base, Linear4bit):
                 raise UnsupportedModelError(
-                    f"init_lora_weights=loftq needs layers that are quantized to 4 bits, and {short} is not; leave it "
-                    "out of method.target_modules"
+                    f"init_lora_weights=loftq needs layers that are quantized to 4 bits, but {short} is not; remove "
+                    "it from method.target_modules"
                 )
             quantized = dequantize_4bit(base.weight.data, base.weight.quant_state).float()  # type: ignore[attr-defined]
             original = loader.get_tensor(f"{short}.weight").to(quantized)  # type: ignore[no-untyped-call]
             if original.shape != quantized.shape:
                 raise UnsupportedModelError(
-                    f"init_lora_weights=loftq reads weights as they are stored, and those of {short} are stored "
+                    f"init_lora_weights=loftq cannot read the original weights of {short}, which are stored "
                     "transposed; use init_lora_weights=true"
                 )
             factors: Any = _low_rank_decomposition(original - quantized, layer.r[ADAPTER])  # type: ignore[no-untyped-call]
@@ -280,7 +280,7 @@ def set_factors(model: nn.Module, values: InitialValues, *, subtract: bool) -> N
 
 
 def _compute_factors(layers: dict[str, Any], initialize: Callable[[Any], None]) -> InitialValues:
-    """Let peft set the factors of each layer, and return them; all weights stay as they were."""
+    """Return the factors that peft sets in each layer; all weights are restored."""
     values: InitialValues = {}
     for name, layer in layers.items():
         weights = [layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
@@ -296,10 +296,10 @@ def _compute_factors(layers: dict[str, Any], initialize: Callable[[Any], None]) 
 
 
 def _check_ranks(layers: dict[str, Any], kind: str, directions: int) -> None:
-    """Check that each matrix has as many directions as its rank needs.
+    """Check that each matrix is large enough for its rank, which needs ``directions`` directions per rank.
 
     Raises:
-        UnsupportedModelError: one has fewer.
+        UnsupportedModelError: a matrix is too small.
     """
     for name, layer in layers.items():
         highest = min(layer.in_features, layer.out_features) // directions
@@ -307,7 +307,7 @@ def _check_ranks(layers: dict[str, Any], kind: str, directions: int) -> None:
             raise UnsupportedModelError(
                 f"init_lora_weights={kind} allows at most rank {highest} for {name.removeprefix('base_model.model.')} "
                 f"({layer.in_features} to {layer.out_features}), which has rank {layer.r[ADAPTER]}; lower method.r, or "
-                "leave it out of method.target_modules"
+                "remove this layer from method.target_modules"
             )
 
 
@@ -322,7 +322,7 @@ def _target_base_layers(layers: dict[str, Any], config: LoraConfig) -> LoraConfi
 
 @contextmanager
 def _hooks_without_autocast(layers: Sequence[Any]) -> Iterator[None]:
-    """Run the hooks that peft put on the layers without autocast, which would round its statistics to 16 bits."""
+    """Disable autocast in the hooks that peft registered on the layers: it would round statistics to 16 bits."""
     import torch
 
     device = layers[0].get_base_layer().weight.device.type
@@ -347,7 +347,7 @@ def _hooks_without_autocast(layers: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def _explain_errors(kind: str) -> Iterator[None]:
-    """Add the initialization to an error of peft.
+    """Convert an error of peft to one that names the initialization.
 
     Raises:
         UnsupportedModelError: the code in the context failed in a way that depends on the model or on the examples.

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""Attributes of peft's rank allocator that hold a tensor for each trained one."""
+"""Attributes of peft's rank allocator that hold one tensor for each trained parameter."""
 
 
 class PeftAdaLora(PeftMethod):
     """Base class of AdaLoRA's sections. peft's rank allocator scores and masks the ranks.
 
-    Steps are counted from 1, so that step N of N makes the final allocation if ``tfinal`` is 0. Counted from 0, as in
-    peft's example, that step is never reached and the ranks stay above the budget.
+    Steps are counted from 1, so that the last step makes the final allocation if ``tfinal`` is 0. peft's example counts
+    from 0; that step is then never reached, and the ranks stay above the budget.
     """
 
     reads_gradients: ClassVar[bool] = True
@@ -59,13 +59,13 @@ class PeftAdaLora(PeftMethod):
     field_changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "init_r": {"ge": 1, "description": "Rank of each matrix before the reduction."},
         "target_r": {"ge": 1, "description": "Mean rank of all matrices after the reduction; less than init_r."},
-        "tinit": {"ge": 0, "description": "Number of first steps without a reduction."},
-        "tfinal": {"ge": 0, "description": "Number of last steps, with the final ranks."},
+        "tinit": {"ge": 0, "description": "Number of steps at the start without a reduction."},
+        "tfinal": {"ge": 0, "description": "Number of steps at the end with the final ranks."},
         "deltaT": {"ge": 1, "description": "Number of steps between two reductions."},
         "beta1": {"gt": 0, "lt": 1, "description": "Decay rate of the average of the importance scores."},
         "beta2": {"gt": 0, "lt": 1, "description": "Decay rate of the average of their uncertainty."},
         "orth_reg_weight": {"ge": 0, "description": "Weight of the penalty on factors that are not orthogonal."},
-        "lora_alpha": {"description": "Scale of the update; it is divided by init_r."},
+        "lora_alpha": {"description": "Scale of the update, before it is divided by init_r."},
         "init_lora_weights": {"description": "true: the update is zero at the start; false: it is random."},
     }
 
@@ -102,17 +102,17 @@ class PeftAdaLora(PeftMethod):
             return None
         return (
             f"method.tinit={self.tinit} and method.tfinal={self.tfinal} leave no step to reduce the ranks: they need "
-            f"{needed} training steps or more, and the run has {total_steps}; lower them, or train for more steps"
+            f"at least {needed} training steps, but the run has {total_steps}; lower them, or train for more steps"
         )
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
         model = super().apply(base, tokenizer)
-        # The divisors of the scale: peft makes them trained ones if it moves them to another device.
+        # The divisors of the scale: peft makes them trainable when it moves them to another device.
         freeze(parameter for name, parameter in model.named_parameters() if ".ranknum." in name)
         return model
 
     def set_config_values(self, base: PreTrainedModel) -> dict[str, Any]:
-        """Return a number of steps that makes ``simulated_step`` one of the reduction, until the training starts."""
+        """Return a provisional ``total_step``, with which ``simulated_step`` reduces ranks; training replaces it."""
         return {"total_step": self.simulated_step + self.tfinal + 1}
 
     @property
@@ -126,7 +126,7 @@ class PeftAdaLora(PeftMethod):
     def compute_penalty(self, model: nn.Module) -> torch.Tensor | None:
         """Return the mean distance of the factors' Gram matrices from the identity, times ``orth_reg_weight``.
 
-        This is what peft adds to a loss that the model itself computes. It is computed in the factors' own type.
+        peft adds the same penalty if the model itself computes the loss. Its dtype is that of the factors.
         """
         if self.orth_reg_weight == 0:
             return None
@@ -183,14 +183,14 @@ class PeftAdaLora(PeftMethod):
         ranks = [values for name, values in _iter_adapter(model) if "lora_E" in name]
         kept = sum(int(values.count_nonzero()) for values in ranks)
         return [
-            f"AdaLoRA kept {kept} of {sum(map(len, ranks))} ranks; a masked rank is still computed in training, and is "
-            "not saved"
+            f"AdaLoRA kept {kept} of {sum(map(len, ranks))} ranks; masked ranks are still computed in training, but "
+            "are not saved"
         ]
 
     def save(self, model: nn.Module, save_directory: Path) -> None:
-        """Save the ranks that are not masked; this changes nothing in a training that continues.
+        """Save the ranks that are not masked; training can continue afterwards, with the same model.
 
-        A rank that was masked can have changed again since the last reduction, and is then saved too.
+        If the optimizer changed a masked rank after the last reduction, that rank is saved too.
         """
         config = _get_config(model)
         with _keep_pattern(model):
@@ -235,7 +235,7 @@ def _iter_adapter(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _add_nonzero_ranks(pattern: Mapping[str, list[bool]], adapter: Mapping[str, nn.Parameter]) -> dict[str, list[bool]]:
-    """Return the pattern, with every rank whose singular value is not zero."""
+    """Return the pattern, extended by each rank whose singular value is not zero."""
     return {
         name: [kept or value != 0 for kept, value in zip(ranks, adapter[name].flatten().tolist(), strict=True)]
         for name, ranks in pattern.items()
@@ -244,7 +244,7 @@ def _add_nonzero_ranks(pattern: Mapping[str, list[bool]], adapter: Mapping[str, 
 
 @contextmanager
 def _keep_pattern(model: nn.Module) -> Iterator[None]:
-    """Restore the rank pattern at exit: peft renames its keys when it saves it."""
+    """Restore the rank pattern at exit: peft renames its keys when it saves the adapter."""
     config = _get_config(model)
     pattern = config.rank_pattern
     try:

@@ -1,6 +1,6 @@
-"""LoRA's variants through peft, among them the initializations that are computed before the first step.
+"""LoRA's variants in peft, including the initializations that are computed before the first step.
 
-CorDA and LoRA-GA take the product of the initial factors out of the frozen matrices. Their saved adapter has both the
+CorDA and LoRA-GA subtract the product of the initial factors from the frozen matrices. Their saved adapter has both the
 trained and the initial factors, as plain LoRA of twice the rank, so that it fits the original base model.
 """
 
@@ -46,7 +46,7 @@ class PeftLora(PeftMethod):
         if isinstance(value, bool) or value in _INITS or re.fullmatch(r"pissa_niter_\d+", value):
             return value
         raise ValueError(
-            f"{value} is not an initialization; {did_you_mean(value, list(_INITS))}, or true, false or pissa_niter_N"
+            f"{value} is not an initialization; {did_you_mean(value, [*_INITS, 'true', 'false', 'pissa_niter_N'])}"
         )
 
     @model_validator(mode="after")
@@ -77,7 +77,7 @@ class PeftLora(PeftMethod):
         init = self.init_lora_weights
         if init == "loftq" and quantization not in {"nf4", "nf4_double"}:
             raise OutOfRangeError(
-                f"init_lora_weights=loftq corrects the error of a base model in 4 bits, but "
+                f"init_lora_weights=loftq corrects the quantization error of a 4-bit base model, but "
                 f"model.quantization={quantization or 'null'}; set it to nf4 or nf4_double, or use another "
                 "initialization"
             )
@@ -127,7 +127,7 @@ class PeftLora(PeftMethod):
         model.initial_values = values  # type: ignore[assignment]
 
     def save(self, model: nn.Module, save_directory: Path) -> None:
-        """Save the adapter in peft's format; where the base model was changed, as plain LoRA for the original one."""
+        """Save the adapter in peft's format: as plain LoRA for the original base model, if that was changed."""
         super().save(model, save_directory)
         if self.init_lora_weights in _SUBTRACTED:
             _append_initial_factors(save_directory, model.initial_values)  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ class PeftLora(PeftMethod):
         return weights
 
     def _get_init_section(self) -> Any:
-        """Return the options of the initialization, by default those of its section."""
+        """Return the recipe's options of the initialization, or the defaults."""
         from peftbench.methods.peft_sections import build_init_section
 
         key = _INIT_CONFIGS[str(self.init_lora_weights)]
@@ -157,7 +157,7 @@ class PeftLora(PeftMethod):
         return build_init_section(key)() if section is None else section
 
     def _build_init_config(self) -> LoraConfig:
-        """Return peft's config with what the functions of an initialization read."""
+        """Return peft's config with the values that the functions of an initialization read."""
         from peft import LoraConfig
 
         init = str(self.init_lora_weights)

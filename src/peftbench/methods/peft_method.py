@@ -118,8 +118,8 @@ class PeftMethod(Method):
         if targets.needs_linear:
             notes.append(
                 "Conv1D layers are replaced by Linear layers with the same values, since peft's "
-                f"{self.peft_type} does not adapt Conv1D; the saved adapter needs such a model "
-                "(the model card of an export has the code)"
+                f"{self.peft_type} does not adapt Conv1D; the saved adapter needs a model with these "
+                "Linear layers (the model card of an export has the code)"
             )
         if targets.used and getattr(self, "target_modules", None) is None:
             names = targets.used if isinstance(targets.used, str) else ", ".join(targets.used)

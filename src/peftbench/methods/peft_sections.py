@@ -39,7 +39,7 @@ SET_BY_PEFTBENCH = frozenset(
 )
 """Fields of peft's configs that peftbench sets from the base model, the recipe or the run."""
 INIT_CLASSES = {"eva_config": "EvaConfig", "corda_config": "CordaConfig", "lora_ga_config": "LoraGAConfig"}
-"""Keys of LoRA's config whose value is another config, of an initialization that passes over training examples."""
+"""Keys of LoRA's config for the initializations that read training examples, and the config class of each."""
 _HIDDEN_OPTIONS = frozenset({"cache_file", "covariance_file", "verbose", "prune_temporary_fields", "label_mask_value"})
 """Options of LoRA's initializations that have no meaning in a run, or name pickled files."""
 _DEFAULT_VIRTUAL_TOKENS = 20
@@ -48,10 +48,10 @@ _REPLACED_DEFAULTS: Mapping[str, object] = {"num_virtual_tokens": _DEFAULT_VIRTU
 
 
 class InitSection(ConfigSection):
-    """Options of an initialization of LoRA that passes over training examples."""
+    """Options of an initialization of LoRA that reads training examples."""
 
     init_examples: int = Field(default=256, gt=0)
-    """Training examples of the pass, in the order of the first steps; all if there are fewer."""
+    """Number of training examples to read, in the order of training; all if there are fewer."""
 
 
 @functools.cache

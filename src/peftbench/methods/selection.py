@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peftbench.methods.frozen_part import FrozenPart
 
 _FROZEN_PART = "frozen_part"
-"""Attribute of the applied model that keeps its frozen part, which takes a forward pass to find."""
+"""Attribute of the applied model that caches its frozen part, since finding it takes a forward pass."""
 
 
 class ParameterSelection(Method):
@@ -70,7 +70,7 @@ class ParameterSelection(Method):
         return part
 
     def set_training(self, model: nn.Module) -> None:
-        # No dropout in the frozen part: its states are the same in every epoch, and those of evaluation.
+        # The frozen part has no dropout, so its states are the same in every epoch and in evaluation.
         self.get_frozen_part(model).set_training(model)
 
     def list_notes(self, base: PreTrainedModel) -> list[str]:

@@ -191,7 +191,7 @@ def load_model(
     config = load_config(model_config)
     check_attention(model_config, config, resolve_model_path(model_config))
     tokenizer = load_tokenizer(model_config)
-    model = _load_weights(model_config, config, compute_dtype, weight_dtype)
+    model = load_base_weights(model_config, config, compute_dtype, weight_dtype)
     check_vocabulary(count_tokens(tokenizer), model, resolve_model_path(model_config))
     check_finite(model, resolve_model_path(model_config))
     register_sdpa_attention()
@@ -260,12 +260,17 @@ def build_from_config(model_config: Model, config: PreTrainedConfig) -> PreTrain
         return AutoModelForCausalLM.from_config(config, **_build_common_kwargs(model_config))  # type: ignore[no-any-return]
 
 
-def _load_weights(
+def load_base_weights(
     model_config: Model,
     config: PreTrainedConfig,
     compute_dtype: torch.dtype | None,
     weight_dtype: torch.dtype | None,
 ) -> PreTrainedModel:
+    """Load the base model with this config, without its tokenizer; the arguments are those of :func:`load_model`.
+
+    Raises:
+        ModelError: as :func:`load_model`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

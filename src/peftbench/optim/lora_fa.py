@@ -1,4 +1,4 @@
-"""LoRA-FA: LoRA in which A is frozen, and B's gradient is corrected for it."""
+"""LoRA-FA: LoRA's A is frozen, and the gradient of B is projected."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ _PROJECTED_KEY = "projected"
 
 
 class LoraFA(AdamLike):
-    """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): AdamW of torch over LoRA's B; A keeps its initial value.
+    """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): torch's AdamW over LoRA's B; A keeps its initial value.
 
     The gradient of B is multiplied by the inverse of ``scaling ** 2 A A^T``, so that the update of the full matrix is
-    the nearest to its gradient that B alone can give. Clipping precedes this. A frozen A has no gradient and no
+    as close to its gradient as B alone allows. Gradients are clipped before that. A frozen A has no gradient and no
     states, and its input is not stored for the backward pass. Other trained parameters are stepped by AdamW alone.
     """
 
     is_fused: ClassVar[bool] = True
     needs_lora: ClassVar[bool] = True
     needs_matrices: ClassVar[bool] = True
-    dtensor_limitation: ClassVar[str | None] = "FSDP shards LoRA's A, and B's gradient is projected by the whole A"
+    dtensor_limitation: ClassVar[str | None] = (
+        "FSDP shards LoRA's A, and the projection of B's gradient needs the whole A"
+    )
     approximation: ClassVar[str | None] = "LoRA's A is frozen, and B's gradient is multiplied by the inverse of A A^T"
     fallbacks: ClassVar[tuple[str, ...]] = ("adamw",)
 
@@ -51,7 +53,7 @@ class LoraFA(AdamLike):
                 )
             if pair.variant is not None:
                 raise OptimizerError(
-                    "optimizer.kind=lora_fa needs updates that are products of a whole A and B, and peft adapts "
+                    "optimizer.kind=lora_fa needs one matrix A and one B in each adapted module, but peft adapts "
                     f"{pair.name} with {pair.variant}; leave it out of method.target_modules, or use "
                     "optimizer.kind=adamw"
                 )

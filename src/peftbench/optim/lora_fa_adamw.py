@@ -1,4 +1,4 @@
-"""AdamW of torch over gradients that are corrected for a frozen A of LoRA."""
+"""torch's AdamW with the projected gradients of LoRA-FA."""
 
 from __future__ import annotations
 

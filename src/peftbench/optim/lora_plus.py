@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from peftbench.optim.base import Parameters
 
 _GROUP_KEY = "lora_plus"
-"""Key of a parameter group: what it contains."""
+"""Key of a parameter group that names its members."""
 
 
 class LoraPlus(AdamLike):
-    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): AdamW of torch in which B learns faster than A.
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): torch's AdamW with a higher learning rate for B than for A.
 
     The groups are those of peft's ``create_loraplus_optimizer``. Matrices B, biases and other vectors have
     ``learning_rate`` times ``learning_rate_ratio``; A and all other matrices have ``learning_rate``, which trackers
@@ -85,7 +85,7 @@ class LoraPlus(AdamLike):
 
 
 def _map_groups(roles: ParameterRoles) -> dict[int, str]:
-    """Return the names of the groups of those parameters whose shape does not determine it, by their identity."""
+    """Return the group of each parameter whose shape does not determine its group, keyed by ``id``."""
     groups: dict[int, str] = {}
     for pair in roles.lora_pairs:
         if pair.is_embedding:

@@ -21,9 +21,9 @@ class LoraPair:
     b: nn.Parameter
     scaling: float
     is_embedding: bool
-    """True if the module is an embedding; peft draws B there, and A starts at zero."""
+    """True if the module is an embedding; B is then random at the start, and A is zero."""
     variant: str | None
-    """Name of peft's class if the update is not ``scaling`` times B A of whole matrices; None if it is."""
+    """Name of peft's class if the update is not ``scaling`` times a single product B A; None if it is."""
 
 
 def find_lora_pairs(model: nn.Module) -> tuple[LoraPair, ...]:
@@ -73,7 +73,7 @@ def check_trained_b(kind: str, model: nn.Module) -> tuple[LoraPair, ...]:
     pairs = tuple(pair for pair in find_lora_pairs(model) if pair.b.requires_grad)
     if not pairs:
         raise OptimizerError(
-            f"optimizer.kind={kind} needs a method that trains the matrix B of LoRA, and this one trains none; use "
+            f"optimizer.kind={kind} needs a method that trains the matrix B of LoRA, but this method does not; use "
             "method.kind=lora or optimizer.kind=adamw"
         )
     return pairs

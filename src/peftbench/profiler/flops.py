@@ -89,7 +89,7 @@ class FlopCost:
         )
 
     def compute_hardware_flops(self, flop_units: FlopUnits, skipped: FlopUnits | None = None) -> int:
-        """Return the FLOPs that training executes; the frozen part does not execute the ``skipped`` work."""
+        """Return the FLOPs that training executes; ``skipped`` is the work that the frozen part skips."""
         once = sum(
             (p.forward_flops + p.hardware_backward_flops) * _get_unit_count(p.unit, flop_units) for p in self.matmuls
         )

@@ -122,7 +122,7 @@ class MemoryTracker(TorchDispatchMode):
     ) -> None:
         """``get_engine_buffers`` is called on entry. Only storages on ``device_type`` are tracked, None for all.
 
-        ``list_method_tensors`` returns tensors that the method keeps between steps and replaces in them.
+        ``list_method_tensors`` returns the tensors that the method keeps between steps; a step may replace them.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model

@@ -139,7 +139,7 @@ class Train(ConfigSection):
     activation_offloading: bool = False
     """Offload activations to CPU memory until the backward pass: much less GPU memory, limited by the bus's speed."""
     feature_cache: Literal["fp32", "bf16"] | None = None
-    """Cache the states above the frozen part on disk in this dtype; later epochs read them. null: no cache."""
+    """Cache the hidden states of the frozen part on disk in this dtype; later epochs read them. null: no cache."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are clipped. null: no clipping."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -384,8 +384,8 @@ class Recipe(ConfigSection):
             return self
         if not self.method.supports_feature_cache:
             raise ValueError(
-                f"train.feature_cache={self.train.feature_cache} needs a method that trains the base model above a "
-                f"frozen part, and this {self.method.kind} does not; use last_blocks, select, or last_layer with "
+                f"train.feature_cache={self.train.feature_cache} needs a method that trains only upper layers of the "
+                f"base model, and this {self.method.kind} does not; use last_blocks, select, or last_layer with "
                 "method.head=untied, or set train.feature_cache=null"
             )
         conflict = "data.label_padding=true" if self.data.label_padding else None

@@ -197,7 +197,7 @@ class RunRecord(RecordModel):
 
     @property
     def startup_seconds(self) -> float | None:
-        """Seconds before the first step: loading, encoding, building, and a pass over data for initial values."""
+        """Seconds before the first step: loading, encoding, building, and computing initial values."""
         if not self.step_losses:
             return None
         return sum(self.phase_seconds.get(phase, 0.0) for phase in ("load", "build", "initialize"))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 INITIAL_VALUES_KEY = "initial_values"
-"""Key of the values that the method computed before the first step, in a checkpoint."""
+"""Key, in a checkpoint, of the initial values that the method computed."""
 
 
 class TrainingCheckpointer:
@@ -215,7 +215,7 @@ class TrainingCheckpointer:
 
 
 def build_checkpoint_manager(state: RunState, adapted_model: AdaptedModel) -> CheckpointManager:
-    """Return the manager of the checkpoints of this training."""
+    """Return the manager of this run's training checkpoints."""
     metadata, keep_latest = _build_metadata(state, adapted_model), state.recipe.checkpoint.keep_latest
     return CheckpointManager(state.accelerator, state.run_dir.path, metadata, keep_latest)
 

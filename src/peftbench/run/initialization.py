@@ -28,8 +28,8 @@ def initialize_model(
 ) -> AdaptedModel:
     """Set the initial values that the method computes, if any; return the model with its new counts. Collective.
 
-    All processes compute them on the same examples and use those of the main process. A training that resumes uses
-    those of its checkpoint. ``on_batch`` is called before each forward pass, and may end the run.
+    All processes compute the values from the same examples and use those of the main process. A resumed run uses those
+    of its checkpoint. ``on_batch`` is called before each forward pass, and may end the run.
 
     Raises:
         OutOfRangeError, UnsupportedModelError: they cannot be computed.
@@ -56,7 +56,7 @@ def _compute(
     pad_token_id: int,
     on_batch: Callable[[], None],
 ) -> InitialValues:
-    """Compute the values, with a line on the terminal; note what was read."""
+    """Compute the values with a progress bar; add a note on what was read."""
     num_passes = num_tokens = 0
     is_hidden = None if state.accelerator.is_main_process else True
     with tqdm(desc="initializing", unit=" passes", disable=is_hidden, leave=None) as bar:

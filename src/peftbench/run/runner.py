@@ -62,7 +62,7 @@ from peftbench.training.auto_settings import resolve_for_launch, resolve_task
 from peftbench.training.build import load_base_model
 from peftbench.training.data import build_encoder, check_splits, fingerprint_training_data
 from peftbench.training.loop import train
-from peftbench.training.trial import check_method
+from peftbench.training.recipe_trial import check_method
 
 if TYPE_CHECKING:
     from datasets import Dataset

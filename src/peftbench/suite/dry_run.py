@@ -73,7 +73,7 @@ def format_planned_runs(runs: Sequence[PlannedRun]) -> str:
 
 
 def _plan_run(recipe: Recipe, finder: ResultFinder, unreachable: set[str]) -> PlannedRun:
-    """Return the plan of one run; ``unreachable`` has the models for which the Hub did not answer."""
+    """Return the plan of one run; ``unreachable`` collects the models for which the Hub did not answer."""
     run_dir = RunDir.from_recipe(recipe)
     record = _read_record_or_none(run_dir.record_file)
     if finder.find_existing_result(recipe) is not None:

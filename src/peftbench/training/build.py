@@ -35,6 +35,7 @@ from peftbench.recipe.schema import why_warmup_is_too_long
 from peftbench.record import ParameterCounts
 from peftbench.training.data import as_numpy, build_collator
 from peftbench.training.method_hooks import NO_HOOKS, MethodHooks
+from peftbench.training.recipe_trial import try_recipe
 from peftbench.training.trial import try_method
 
 if TYPE_CHECKING:
@@ -156,8 +157,7 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     Raises:
         PeftbenchError: the recipe does not fit this model.
     """
-    trial = try_method(recipe.method, base.model.config)
-    trial.check(recipe)
+    trial = try_recipe(recipe, base.model.config)
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
     notes = [*base.notes, *recipe.method.list_notes(base.model), *trial.list_notes(recipe), *describe_rate(recipe)]
     notes += _list_precision_notes(recipe, base)
@@ -219,7 +219,7 @@ def _list_precision_notes(recipe: Recipe, base: LoadedModel) -> list[str]:
 
 
 def count_parameters(recipe: Recipe, base: LoadedModel, model: nn.Module) -> tuple[int, int]:
-    """Return the numbers of trained scalars, and of scalars outside embeddings with those that the method added.
+    """Return the number of trained scalars, and that of all scalars outside embeddings, added ones included.
 
     Raises:
         UnsupportedModelError: a method that should train trains none.
@@ -237,12 +237,12 @@ def _check_feature_cache(recipe: Recipe, part: FrozenPart) -> None:
     """Check that a recipe with a feature cache has something to store.
 
     Raises:
-        UnsupportedModelError: nothing is below everything that is trained.
+        UnsupportedModelError: the model has no frozen part.
     """
     if recipe.train.feature_cache is not None and part.is_empty:
         raise UnsupportedModelError(
-            f"train.feature_cache={recipe.train.feature_cache} needs frozen blocks below everything that is trained, "
-            f"and {part.obstacle}; train later blocks only, e.g. with method.kind=last_blocks, or set "
+            f"train.feature_cache={recipe.train.feature_cache} needs a frozen block below every trained parameter, "
+            f"but {part.obstacle}; train only later blocks, e.g. with method.kind=last_blocks, or set "
             "train.feature_cache=null"
         )
 
@@ -379,7 +379,7 @@ def _build_batches(
     if settings.micro_batch_tokens is not None:
         batches = batches.limited_to_tokens(settings.micro_batch_tokens, steps)
         context.accelerator.gradient_accumulation_steps = batches.gradient_accumulation_steps
-    # Epochs are known as steps only now.
+    # If the recipe sets epochs, the number of steps is known only now.
     reason = why_warmup_is_too_long(recipe.schedule.warmup_steps, steps) or recipe.method.why_steps_are_too_few(steps)
     if reason is not None:
         raise OutOfRangeError(reason)

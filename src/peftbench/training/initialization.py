@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import set_seed
 
+from peftbench.common.dtypes import TORCH_DTYPES
 from peftbench.data.batches import Batches, EncodedExamples
 from peftbench.data.collate import Collator, MicroBatch
 from peftbench.errors import UnsupportedModelError
 from peftbench.methods.initialization import InitializationPass, InitialValues
+from peftbench.modeling.frozen_weights import convert_frozen_weights
 from peftbench.modeling.gguf_file import is_gguf_path
 from peftbench.modeling.loading import load_config, resolve_model_path
 from peftbench.modeling.run_base import find_run_base
@@ -23,6 +25,8 @@ from peftbench.training.build import AdaptedModel, count_parameters
 from peftbench.training.data import as_numpy
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from peftbench.distributed.accelerator import AcceleratorContext
     from peftbench.recipe.schema import Recipe
 
@@ -36,7 +40,7 @@ def compute_initial_values(
     pad_token_id: int,
     on_batch: Callable[[MicroBatch], None],
 ) -> InitialValues:
-    """Return the method's initial values; they depend on the examples and on ``train.seed`` alone.
+    """Return the method's initial values; they depend only on the examples and on ``train.seed``.
 
     ``on_batch`` is called before each forward pass.
 
@@ -67,11 +71,22 @@ def compute_initial_values(
 
 
 def set_initial_values(recipe: Recipe, adapted_model: AdaptedModel, values: InitialValues) -> AdaptedModel:
-    """Set the values in the model; return it with its numbers of parameters."""
+    """Set the values in the model; return it with its new parameter counts."""
+    before = _count_values(adapted_model.model)
     recipe.method.set_initial_values(adapted_model.model, values)
+    recipe.optimizer.prepare_model(adapted_model.model)  # the method may have replaced layers
+    convert_frozen_weights(adapted_model.base.model, TORCH_DTYPES[recipe.frozen_dtype])
     trained, six_n_parameters = count_parameters(recipe, adapted_model.base, adapted_model.model)
-    parameters = adapted_model.parameters.model_copy(update={"trainable": trained})
+    counts = adapted_model.parameters
+    added_frozen = (
+        (counts.added_frozen or 0) + _count_values(adapted_model.model) - before - (trained - counts.trainable)
+    )
+    parameters = counts.model_copy(update={"trainable": trained, "added_frozen": added_frozen})
     return replace(adapted_model, parameters=parameters, six_n_parameters=six_n_parameters)
+
+
+def _count_values(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _find_weights_file(recipe: Recipe) -> Path:
@@ -91,7 +106,7 @@ def _find_weights_file(recipe: Recipe) -> Path:
         file = folder if folder.is_dir() else Path(str(cached_file(path, "config.json", revision=revision))).parent
     if file is None:
         raise UnsupportedModelError(
-            f"method.kind={recipe.method.kind} reads the weights before quantization, and {path} has none in "
+            f"method.kind={recipe.method.kind} reads the weights before quantization, but {path} has none in "
             "safetensors; set model.path to an unquantized model in safetensors"
         )
     return file / WEIGHTS_FILE

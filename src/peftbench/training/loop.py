@@ -44,7 +44,7 @@ class TrainProgress:
     step_executed: list[FlopUnits] = field(default_factory=list)
     """Hardware FLOP units of each step, over all ranks."""
     step_skipped: list[FlopUnits] = field(default_factory=list)
-    """The part of these that the frozen part did not execute in each step."""
+    """The part of ``step_executed`` that the frozen part skipped in each step."""
     step_shapes: list[tuple[int, int]] = field(default_factory=list)
     """(rows, real positions) of this rank's largest micro-batch in each step."""
     stopped_early: bool = False
@@ -95,7 +95,7 @@ def train_step(
                 with training.autocast(), training.activation_offload():
                     loss = training.loss(training.model, micro_batch.to(accelerator.device))
                 penalty = training.method_hooks.compute_penalty()
-            with part(training.backward_part):  # the averages of accelerate and the engine count the penalty once
+            with part(training.backward_part):  # averaged over micro-batches and processes, so it counts once
                 accelerator.backward(loss * scale if penalty is None else loss * scale + penalty)
         total += loss.detach()
     with part("optimizer"):

@@ -1,4 +1,4 @@
-"""MethodHooks: the hooks of a method in the steps and checkpoints of a training."""
+"""Hooks of a method that training calls in each step and checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AfterOptimizerStep(Protocol):
-    """Called between the optimizer's step and the end of its gradients."""
+    """Called after the optimizer's step, before the gradients are deleted."""
 
     def __call__(self, step: int, *, was_skipped: bool) -> None:
         """Handle a step; see :meth:`peftbench.methods.base.Method.after_optimizer_step`."""

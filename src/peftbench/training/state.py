@@ -237,6 +237,6 @@ def _load_progress(progress: TrainProgress, saved: dict[str, Any]) -> None:
     progress.step_token_counts[:] = [TokenCounts(**counts) for counts in saved["step_token_counts"]]
     progress.step_required[:] = [FlopUnits(**units) for units in saved["step_required"]]
     progress.step_executed[:] = [FlopUnits(**units) for units in saved["step_executed"]]
-    # A checkpoint of an earlier version lacks them: its executed units are what was left of them.
+    # Checkpoints of earlier versions have no skipped units: their executed units exclude the skipped work.
     skipped = saved.get("step_skipped", [{}] * len(progress.step_executed))
     progress.step_skipped[:] = [FlopUnits(**units) for units in skipped]

@@ -10,8 +10,6 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,29 +19,33 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from peftbench.common.text import first_line
-from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator
+from peftbench.data.collate import Collator, MicroBatch
 from peftbench.errors import UnsupportedModelError
-from peftbench.methods.initialization import InitializationPass
-from peftbench.methods.small_copy import CopySize, build_small_copy, identify
-from peftbench.modeling.loading import load_config
-from peftbench.modeling.loss import CausalLMLoss, build_loss
+from peftbench.methods.small_copy import identify
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import NonLinearFlopsError, UnsupportedFlopsError, count_flops
+from peftbench.training.trial_model import (
+    DOCUMENT_LENGTHS,
+    TOLERANCE,
+    SmallCopy,
+    TrialModel,
+    add_noise,
+    apply_to_copy,
+    build_trial_batch,
+    compute_gradients,
+    compute_losses,
+    differ,
+    find_problem,
+    initialize_copy,
+    use_one_thread,
+)
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from peftbench.methods.base import Method
     from peftbench.recipe.schema import Recipe
-
-_LENGTHS = (9, 6)
-_MIN_DOCUMENTS = 8
-"""Smallest number of documents from which initial values are computed."""
-_NOISE = 0.1
-"""Standard deviation of the noise that is added to the trained parameters, to change their initial values."""
-_TOLERANCE, _EFFECT_TOLERANCE = 1e-5, 1e-3
-"""Largest difference of two equal results: the part of their norm in float32, plus the part of the method's effect."""
 
 
 @dataclass(frozen=True)
@@ -112,18 +114,6 @@ NO_TRIAL = Trial()
 """The trial of a method that needs none."""
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """A small model with the method applied."""
-
-    base: PreTrainedModel
-    model: nn.Module
-    method: Method
-
-    def build_loss(self, *, use_masks: bool) -> CausalLMLoss:
-        return build_loss(self.base, labeled_only=False, use_masks=use_masks)[0]
-
-
 _trials: dict[tuple[str, str], Trial] = {}
 
 
@@ -139,37 +129,16 @@ def try_method(method: Method, config: PreTrainedConfig) -> Trial:
         return NO_TRIAL
     key = (method.model_dump_json(), identify(config))
     if key not in _trials:
-        with torch.random.fork_rng(), warnings.catch_warnings(), _one_thread():
+        with torch.random.fork_rng(), warnings.catch_warnings(), use_one_thread():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             _trials[key] = _try(method, config)
     return _trials[key]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: small products take longer on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def check_method(recipe: Recipe) -> None:
-    """Try the recipe's method on its architecture and check the recipe's settings, before any weight is loaded.
-
-    Raises:
-        UnsupportedModelError: the method does not work there, or not with these settings.
-        ModelError, HubUnreachableError: the model's config cannot be read.
-    """
-    try_method(recipe.method, load_config(recipe.model)).check(recipe)
-
-
 def _try(method: Method, config: PreTrainedConfig) -> Trial:
     try:
-        return _try_on_copy(method, _Copy(config, method.resolve_targets(config).copy_size))  # type: ignore[attr-defined]
+        return _try_on_copy(method, SmallCopy(config, method.resolve_targets(config).copy_size))  # type: ignore[attr-defined]
     except UnsupportedModelError:
         raise
     except Exception as error:  # code of peft and of the architecture may fail in any way
@@ -179,39 +148,30 @@ def _try(method: Method, config: PreTrainedConfig) -> Trial:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """A recipe for equal copies of an architecture."""
-
-    config: PreTrainedConfig
-    size: CopySize
-
-    def build(self) -> PreTrainedModel:
-        return build_small_copy(self.config, self.size)
-
-
-def _try_on_copy(method: Method, source: _Copy) -> Trial:
+def _try_on_copy(method: Method, source: SmallCopy) -> Trial:
     base = source.build()
-    batch = _build_batch(base, method)
-    expected = _compute_losses(_Subject(base, base, method), _build_batch(base, method, virtual=False), use_masks=True)
+    batch = build_trial_batch(base, method)
+    expected = compute_losses(
+        TrialModel(base, base, method), build_trial_batch(base, method, virtual=False), use_masks=True
+    )
     before = _count_values(base)
     with _FunctionNames() as called:
-        subject = _apply(base, method)
-    _initialize(subject)
+        subject = apply_to_copy(base, method)
+    initialize_copy(subject)
     trained = {name: parameter for name, parameter in subject.model.named_parameters() if parameter.requires_grad}
     _check_gradients(subject, batch, trained)
     num_trained = sum(parameter.numel() for parameter in trained.values())
-    start = _compute_losses(subject, batch, use_masks=True)
-    _add_noise(trained)
+    start = compute_losses(subject, batch)
+    add_noise(trained)
     with called:
-        moved = _compute_losses(subject, batch, use_masks=True)
+        moved = compute_losses(subject, batch)
     effect = float((moved - start).norm())
     if not math.isfinite(effect):
         raise UnsupportedModelError(
             f"method.kind={method.kind} gives losses in {base.config.model_type} that are not finite; use another "
             "method"
         )
-    if effect <= _TOLERANCE * float(start.norm()):
+    if effect <= TOLERANCE * float(start.norm()):
         raise UnsupportedModelError(
             f"method.kind={method.kind} changes nothing in {base.config.model_type}: new values of its {num_trained:,} "
             "trained parameters give the same losses; use another method"
@@ -221,150 +181,69 @@ def _try_on_copy(method: Method, source: _Copy) -> Trial:
         trainable_parameters=num_trained,
         added_parameters=_count_values(subject.model) - before - num_trained,
         adapts_quantized=bool(getattr(method, "adapts_quantized", True)),
-        changes_start=_differ(expected, start),
-        batching_problem=_find_problem(lambda: _check_batching(subject, moved, effect)),
-        packing_problem=_find_problem(lambda: _check_packing(subject, moved, effect)),
-        checkpointing_problem=_find_problem(lambda: _check_checkpointing(subject, batch)),
-        saving_problem=_find_problem(lambda: _check_saving(subject, source, batch, moved, effect)),
-        merging_problem=_find_problem(lambda: _check_merging(subject, batch, moved, effect)),
+        changes_start=differ(expected, start),
+        batching_problem=find_problem(lambda: _check_batching(subject, moved, effect)),
+        packing_problem=find_problem(lambda: _check_packing(subject, moved, effect)),
+        checkpointing_problem=find_problem(lambda: _check_checkpointing(subject, batch)),
+        saving_problem=find_problem(lambda: _check_saving(subject, source, batch, moved, effect)),
+        merging_problem=find_problem(lambda: _check_merging(subject, batch, moved, effect)),
         flops_problem=flops_problem,
         flops_are_counted=flops_are_counted,
-        meta_problem=_find_problem(lambda: _check_meta(method, source, called.names)),
+        meta_problem=find_problem(lambda: _check_meta(method, source, called.names)),
     )
 
 
-def _apply(base: PreTrainedModel, method: Method) -> _Subject:
-    torch.manual_seed(0)  # the same initial values in every copy
-    return _Subject(base, method.apply(base, None), method)  # type: ignore[arg-type] # a small model has no tokenizer
+def _check_batching(subject: TrialModel, together: torch.Tensor, effect: float) -> str | None:
+    batches = [
+        build_trial_batch(subject.base, subject.method, rows=slice(row, row + 1))
+        for row in range(len(DOCUMENT_LENGTHS))
+    ]
+    alone = torch.cat([compute_losses(subject, batch) for batch in batches])
+    return "an example's outputs depend on the other rows of its batch" if differ(alone, together, effect) else None
 
 
-def _initialize(subject: _Subject) -> None:
-    """Compute and set the method's initial values on random documents; a copy is not quantized."""
-    needs = subject.method.initialization
-    if needs is None:
-        return
-    length, vocabulary = _LENGTHS[0], int(subject.base.config.vocab_size)
-    documents = torch.randint(vocabulary, (max(_MIN_DOCUMENTS, 2 * needs.tokens // (length - 1) + 1), length)).tolist()
-    loss = subject.build_loss(use_masks=True)
-
-    def collate(indices: Sequence[int]) -> MicroBatch:
-        return Collator(0).collate([documents[index] for index in indices], [(1, length)] * len(indices))
-
-    def compute_loss(batch: MicroBatch) -> torch.Tensor:
-        with loss.attention_context():
-            return loss(subject.model, batch)
-
-    data = InitializationPass(len(documents), collate, compute_loss)
-    subject.method.set_initial_values(subject.model, subject.method.compute_initial_values(subject.model, data))
-
-
-def _build_batch(
-    base: PreTrainedModel, method: Method, *, packed: bool = False, virtual: bool = True, rows: slice = slice(None)
-) -> MicroBatch:
-    """Return two documents, or one of them, each labeled from its second token on.
-
-    They contain the tokens that the recipe names. ``virtual`` leaves room for the method's virtual tokens.
-    """
-    vocabulary = int(base.config.vocab_size)
-    ids = [(index * 7 + 3) % vocabulary for index in range(sum(_LENGTHS))]
-    named = [token for token in getattr(method, "tried_tokens", ()) if token < vocabulary][: _LENGTHS[0] - 1]
-    ids[: len(named)] = named
-    documents = [ids[: _LENGTHS[0]], ids[_LENGTHS[0] :]][rows]
-    collator = (PaddingFreeCollator if packed else Collator)(0, method.virtual_tokens if virtual else 0)
-    return collator.collate(documents, [(1, len(document)) for document in documents])
-
-
-def _compute_losses(subject: _Subject, batch: MicroBatch, *, use_masks: bool) -> torch.Tensor:
-    """Return the loss of each labeled token in evaluation mode."""
-    loss = subject.build_loss(use_masks=use_masks)
-    subject.model.eval()
-    with loss.attention_context():
-        return loss.per_token(subject.model, batch)
-
-
-def _compute_gradients(subject: _Subject, batch: MicroBatch) -> list[torch.Tensor]:
-    """Return the gradients of what is trained, in training mode."""
-    loss = subject.build_loss(use_masks=True)
-    subject.method.set_training(subject.model)
-    trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
-    torch.manual_seed(0)  # dropout
-    with loss.attention_context():
-        value = loss(subject.model, batch)
-        gradients = torch.autograd.grad(value, trained, allow_unused=True)
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-def _add_noise(trained: dict[str, nn.Parameter]) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trained.values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=_NOISE)
-
-
-def _differ(one: torch.Tensor, other: torch.Tensor, effect: float = 0.0) -> bool:
-    """True if two tensors differ by more than rounding; a value that is not finite differs from all.
-
-    ``effect`` is the norm of the method's effect on them.
-    """
-    return not bool((one - other).norm() <= _TOLERANCE * one.norm() + _EFFECT_TOLERANCE * effect)
-
-
-def _find_problem(check: Callable[[], str | None]) -> str | None:
-    """Return the reason that a check gives, or the error that it ends with."""
-    try:
-        return check()
-    except Exception as error:  # code of peft and of the architecture may fail in any way
-        return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _check_batching(subject: _Subject, together: torch.Tensor, effect: float) -> str | None:
-    batches = [_build_batch(subject.base, subject.method, rows=slice(row, row + 1)) for row in range(len(_LENGTHS))]
-    alone = torch.cat([_compute_losses(subject, batch, use_masks=True) for batch in batches])
-    return "an example's outputs depend on the other rows of its batch" if _differ(alone, together, effect) else None
-
-
-def _check_packing(subject: _Subject, separate: torch.Tensor, effect: float) -> str | None:
+def _check_packing(subject: TrialModel, separate: torch.Tensor, effect: float) -> str | None:
     loss = subject.build_loss(use_masks=False)
     if loss.uses_masks:
         return None  # the model itself needs masks, with any method
     try:
-        packed = _compute_losses(subject, _build_batch(subject.base, subject.method, packed=True), use_masks=False)
+        packed = compute_losses(subject, build_trial_batch(subject.base, subject.method, packed=True), use_masks=False)
     except Exception:  # code of peft fails in several ways on rows that it does not expect
         return "documents cannot share a row with what it puts in front of them"
-    return "documents that share a row change each other's outputs" if _differ(separate, packed, effect) else None
+    return "documents that share a row change each other's outputs" if differ(separate, packed, effect) else None
 
 
-def _check_checkpointing(subject: _Subject, batch: MicroBatch) -> str | None:
-    plain = _compute_gradients(subject, batch)
+def _check_checkpointing(subject: TrialModel, batch: MicroBatch) -> str | None:
+    plain = compute_gradients(subject, batch)
     subject.base.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        recomputed = _compute_gradients(subject, batch)
+        recomputed = compute_gradients(subject, batch)
     finally:
         subject.base.gradient_checkpointing_disable()
-    same = len(plain) == len(recomputed) and not any(map(_differ, plain, recomputed))
+    same = len(plain) == len(recomputed) and not any(map(differ, plain, recomputed))
     return None if same else "recomputed activations give other gradients"
 
 
 def _check_saving(
-    subject: _Subject, source: _Copy, batch: MicroBatch, expected: torch.Tensor, effect: float
+    subject: TrialModel, source: SmallCopy, batch: MicroBatch, expected: torch.Tensor, effect: float
 ) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         subject.method.save(subject.model, Path(folder))
-        loaded = _apply(source.build(), subject.method)
+        loaded = apply_to_copy(source.build(), subject.method)
         subject.method.load(loaded.model, Path(folder))
-    losses = _compute_losses(loaded, batch, use_masks=True)
-    return "the saved adapter gives other outputs when it is loaded" if _differ(expected, losses, effect) else None
+    losses = compute_losses(loaded, batch)
+    return "the saved adapter gives other outputs when it is loaded" if differ(expected, losses, effect) else None
 
 
-def _check_merging(subject: _Subject, batch: MicroBatch, expected: torch.Tensor, effect: float) -> str | None:
+def _check_merging(subject: TrialModel, batch: MicroBatch, expected: torch.Tensor, effect: float) -> str | None:
     if not subject.method.merges_into_base or not hasattr(subject.model, "merge_and_unload"):
         return "its trained part is not an update of weights"
     merged = copy.deepcopy(subject.model).merge_and_unload()  # type: ignore[operator]
-    losses = _compute_losses(_Subject(merged, merged, subject.method), batch, use_masks=True)
-    return "the merged weights give other outputs" if _differ(expected, losses, effect) else None
+    losses = compute_losses(TrialModel(merged, merged, subject.method), batch)
+    return "the merged weights give other outputs" if differ(expected, losses, effect) else None
 
 
-def _check_gradients(subject: _Subject, batch: MicroBatch, trained: dict[str, nn.Parameter]) -> None:
+def _check_gradients(subject: TrialModel, batch: MicroBatch, trained: dict[str, nn.Parameter]) -> None:
     """Check that the loss depends on everything that is trained.
 
     Raises:
@@ -382,10 +261,10 @@ def _check_gradients(subject: _Subject, batch: MicroBatch, trained: dict[str, nn
         )
 
 
-def _check_flops(subject: _Subject) -> tuple[str | None, bool]:
+def _check_flops(subject: TrialModel) -> tuple[str | None, bool]:
     """Compare the closed form of a step's FLOPs with a count; return a reason, and whether a count has all of them."""
     loss, method = subject.build_loss(use_masks=True), subject.method
-    batch = _build_batch(subject.base, method, rows=slice(1))
+    batch = build_trial_batch(subject.base, method, rows=slice(1))
     units = Collator(0, method.virtual_tokens).hardware_flop_units(batch)
     method.set_training(subject.model)
     with loss.attention_context():
@@ -411,13 +290,13 @@ def _check_flops(subject: _Subject) -> tuple[str | None, bool]:
     return "a function of the method computes its own backward pass", True
 
 
-def _check_meta(method: Method, source: _Copy, called: set[str]) -> str | None:
+def _check_meta(method: Method, source: SmallCopy, called: set[str]) -> str | None:
     """Apply the method on the meta device; ``called`` has the functions that it calls when applied and in a forward."""
     if method.initialization is not None:
         return "its initial values are computed before the first step, and the memory of that is not modeled"
     for name in called & _UNPLANNED_FUNCTIONS.keys():
         return _UNPLANNED_FUNCTIONS[name]
-    _apply(source.build().to("meta"), method)  # type: ignore[arg-type]
+    apply_to_copy(source.build().to("meta"), method)  # type: ignore[arg-type]
     return None
 
 

@@ -106,7 +106,7 @@ def test_code_in_the_card_works(
     (tmp_path / base.name).symlink_to(base)  # a local base model is loaded by its name
     code = extract_code(exported.folder)
     assert ("nn.Linear" in code) == (name == "oft")
-    output = run_code(code.replace("max_new_tokens=64", "max_new_tokens=8"), tmp_path)  # the test's models are short
+    output = run_code(code.replace("max_new_tokens=64", "max_new_tokens=8"), tmp_path)  # short models
     assert "Write your prompt here." in output
 
 

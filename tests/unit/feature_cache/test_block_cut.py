@@ -1,4 +1,4 @@
-"""Training over stored states of frozen lower blocks gives the same losses and weights to the last bit."""
+"""Training on stored states of frozen lower blocks gives the same losses and weights to the last bit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 EXAMPLES, EPOCHS, BATCH = 24, 3, 6
 BF16_TOLERANCE = 2e-4
-"""Allowed relative difference of losses over states in bf16 and in float32: three times the measured one."""
+"""Allowed relative difference between losses with bf16 and with float32 states: three times the measured one."""
 NORM_AND_HEAD = Select(train=r"transformer\.ln_f\..*|lm_head\.weight", untie_head=True)
 CUTS: dict[str, tuple[ParameterSelection, int]] = {
     "last_block": (LastBlocks(), 3),
@@ -73,7 +73,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def equal_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the examples of each epoch in the same order, so that products of later epochs have the same shapes.
 
-    A product of other shapes may round its rows in another way.
+    A product of other shapes may round its rows differently.
     """
 
     def cycle(batches: Batches) -> Iterator[int]:
@@ -180,7 +180,7 @@ def test_losses_equal_those_without_a_cache_to_the_last_bit(
 
 @pytest.mark.parametrize("padding", ["free", pytest.param("longest", marks=pytest.mark.slow)])
 def test_losses_equal_those_without_a_cache_up_to_rounding(padding: str, workshop: Workshop) -> None:
-    """Epochs in random order mix examples in other micro-batches than the one that computed their states."""
+    """In random order, later epochs combine examples into other micro-batches than the first epoch."""
     parts = {"data": {"padding": padding}}
     plain, cached, second = (
         run(workshop, f"{index}", stored, LastBlocks(), **parts) for index, stored in enumerate((None, "fp32", "fp32"))
@@ -190,7 +190,7 @@ def test_losses_equal_those_without_a_cache_up_to_rounding(padding: str, worksho
 
 
 def test_states_in_bf16_change_losses_within_the_tolerance(workshop: Workshop) -> None:
-    """Computed states are rounded like stored ones, so that both runs over a cache are equal to the last bit."""
+    """Computed states are rounded like stored ones, so that both runs with a cache are equal to the last bit."""
     plain, first, second = (
         run(workshop, f"{index}", stored, LastBlocks()) for index, stored in enumerate((None, "bf16", "bf16"))
     )
@@ -209,7 +209,7 @@ def test_record_notes_the_frozen_blocks(workshop: Workshop, capsys: pytest.Captu
         (note,) = (note for note in record.notes if "hidden states" in note)
         assert note.startswith(message)
         assert f"in bf16: {num_cached} of 24 examples were cached before the first step" in note
-        assert note.endswith("the lower 1 of 2 blocks are frozen")
+        assert note.endswith("frozen: the lowest 1 of 2 blocks")
     assert capsys.readouterr().err.count(message) == 1
 
 
@@ -230,7 +230,7 @@ def test_selections_above_one_cut_share_a_store(workshop: Workshop, cache_folder
 def test_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
     checkpoint_step: int, store_deleted: bool, workshop: Workshop, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resume in the first or second epoch, with dropout in the trained block, over the existing store or a new one."""
+    """Resume in the first or second epoch, with dropout in the trained block, with the existing store or a new one."""
     from tests.unit.feature_cache.test_cached_training import run_until_first_checkpoint
 
     parts: dict[str, Any] = {"model": {"dropout": 0.1}}
@@ -247,7 +247,7 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
 
 
 def test_micro_batch_tokens_and_interval_evaluation_do_not_change_losses(workshop: Workshop) -> None:
-    """Micro-batches limited by tokens are the same, and an evaluation between steps neither reads nor writes."""
+    """Micro-batches limited by tokens are the same, and an evaluation between steps does not use the store."""
     parts: dict[str, Any] = {
         "train": {"micro_batch_size": None, "micro_batch_tokens": 120},
         "evaluate": {"interval": 3},
@@ -273,24 +273,24 @@ def test_compiled_blocks_are_skipped(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Embeddings(), r"transformer\.wte\.weight is trained, which is below the blocks"),
-        (Select(train=r".*wpe\.weight"), r"transformer\.wpe\.weight is trained, which is below the blocks"),
-        (Select(train=r"lm_head\.weight"), r"transformer\.wte\.weight is trained, which is below the blocks"),
-        (LastBlocks(num_blocks=2), r"transformer\.h\.0\.ln_1\.weight is trained, in the first block"),
-        (BitFit(), r"transformer\.h\.0\.ln_1\.bias is trained, in the first block"),
-        (Attention(), r"transformer\.h\.0\.attn\.c_attn\.weight is trained, in the first block"),
+        (Embeddings(), r"transformer\.wte\.weight, below all blocks, is trained"),
+        (Select(train=r".*wpe\.weight"), r"transformer\.wpe\.weight, below all blocks, is trained"),
+        (Select(train=r"lm_head\.weight"), r"transformer\.wte\.weight, below all blocks, is trained"),
+        (LastBlocks(num_blocks=2), r"transformer\.h\.0\.ln_1\.weight, in the first block, is trained"),
+        (BitFit(), r"transformer\.h\.0\.ln_1\.bias, in the first block, is trained"),
+        (Attention(), r"transformer\.h\.0\.attn\.c_attn\.weight, in the first block, is trained"),
     ],
 )
 def test_selection_without_frozen_lower_blocks_is_refused(
     method: ParameterSelection, message: str, workshop: Workshop
 ) -> None:
-    """The error has the parameter that is too low; no store and no run folder is created."""
-    with pytest.raises(UnsupportedModelError, match=rf"{message}; train later blocks only.*feature_cache=null"):
+    """The error names the lowest trained parameter; no store and no run folder is created."""
+    with pytest.raises(UnsupportedModelError, match=rf"{message}; train only later blocks.*feature_cache=null"):
         workshop.run(recipe(workshop, "run", "fp32", method))
 
 
 def build_cached_loss(base: PreTrainedModel, method: ParameterSelection, **options: Any) -> CachedFeatureLoss:
-    """Apply a method and return the loss over an empty store of four examples."""
+    """Apply a method and return the loss with an empty store of four examples."""
     part = method.get_frozen_part(method.apply(base, None))  # type: ignore[arg-type]
     method.set_training(base)
     loss, _ = build_loss(base, **options)
@@ -356,7 +356,7 @@ def test_head_alone_uses_labeled_positions(fresh_base: Callable[[str], PreTraine
 def test_every_architecture_is_equal_over_stored_states(case: str, use_masks: bool) -> None:
     """A cache hit changes nothing. Loss and gradients equal those without a cache.
 
-    In padded rows of a mixture of experts, gradients are equal up to rounding: the router sends padding elsewhere.
+    In padded rows of a mixture of experts, gradients are equal up to rounding: padding reaches other experts.
     """
     base = build_tiny_model(case)
     if case in SEVERAL_LISTS_OF_BLOCKS:
@@ -412,18 +412,18 @@ def test_inputs_of_each_layer_are_those_of_the_model() -> None:
 @pytest.mark.parametrize(("kind", "num_shared"), [("gemma4_text", 2), ("gemma3n_text", 0)])
 def test_architecture_that_passes_more_than_hidden_states_is_refused(kind: str, num_shared: int) -> None:
     """Gemma 4's upper blocks read keys and values of lower ones; Gemma 3n has several streams of hidden states."""
-    with pytest.raises(UnsupportedModelError, match=rf"do not replace the lower blocks of {kind} .*feature_cache=null"):
+    with pytest.raises(UnsupportedModelError, match=rf"cannot replace the lower blocks of {kind} .*feature_cache=null"):
         build_cached_loss(build_gemma(kind, num_shared), LastBlocks())
 
 
 def test_states_that_bypass_the_cut_are_refused() -> None:
-    """A block that reads what a lower block computed besides its output gives other logits over loaded states."""
+    """If a block reads inner values of a lower block, loaded states give other logits."""
     base = random_base(llama_config())
     blocks = [block for _, block in find_blocks(base)]
     shared: list[torch.Tensor] = [torch.zeros(())]
     blocks[0].mlp.register_forward_hook(lambda _module, _args, output: shared.append(output.mean()))  # type: ignore[union-attr,arg-type]
     blocks[1].mlp.register_forward_hook(lambda _module, _args, output: output + shared.pop())  # type: ignore[union-attr,arg-type]
-    with pytest.raises(UnsupportedModelError, match=r"do not replace the lower blocks of llama .*feature_cache=null"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot replace the lower blocks of llama .*feature_cache=null"):
         build_cached_loss(base, LastBlocks())
 
 

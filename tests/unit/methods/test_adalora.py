@@ -93,7 +93,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
 def test_penalty_equals_that_of_peft(architecture: str, fresh_base: Callable[[str], PreTrainedModel]) -> None:
-    """It is what peft adds to the loss of a model that has labels."""
+    """It equals what peft adds to the loss if the model gets labels."""
     method, batch = build_adalora(), micro_batch(LENGTHS)
     model, reference = apply(method, fresh_base(architecture)), apply_peft({}, fresh_base(architecture))
     penalty = method.compute_penalty(model)
@@ -212,7 +212,7 @@ def test_saved_ranks_are_loaded_merged_and_trained_further(
 def test_rank_that_grew_after_its_mask_is_saved(
     fresh_base: Callable[[str], PreTrainedModel], accelerator: Accelerator, tmp_path: Path
 ) -> None:
-    """Between two reductions the optimizer changes masked ranks again; the saved adapter has them."""
+    """Between two reductions, the optimizer changes masked ranks again; the saved adapter contains them."""
     method = build_adalora(deltaT=3)
     model = apply(method, fresh_base("llama_untied"))
     train_model(accelerator, method, model, steps=5)
@@ -285,7 +285,7 @@ def test_training_without_a_finite_gradient_is_an_error(fresh_base: Callable[[st
 
 @pytest.mark.parametrize("interval", [1, 3, 5])
 def test_resumed_training_repeats_the_uninterrupted_one(interval: int, workshop: Workshop) -> None:
-    """A checkpoint before, in and after the reduction has the scores and the masked ranks, to the last bit."""
+    """Checkpoints before, during and after the reduction restore the scores and the masked ranks to the last bit."""
     method, train = build_adalora(tinit=1, tfinal=2, deltaT=2), {"steps": 6}
     plain = workshop.run(workshop.recipe(method, train=train))
     recipe = workshop.recipe(method, train=train, checkpoint=Checkpoint(interval=interval))
@@ -298,7 +298,7 @@ def test_resumed_training_repeats_the_uninterrupted_one(interval: int, workshop:
 
 
 def test_best_weights_before_the_reduction_are_saved(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The saved adapter is that of the best step, though later steps masked ranks of it."""
+    """The saved adapter is that of the best step, although later steps masked some of its ranks."""
     curve = iter([3.0, 1.0, 2.0, 2.0, 2.0])
     compute = Evaluator.compute_held_out_loss
 
@@ -326,7 +326,7 @@ def test_best_weights_before_the_reduction_are_saved(workshop: Workshop, monkeyp
 
 
 def test_memory_of_the_scores_is_optimizer_state(workshop: Workshop) -> None:
-    """AdamW keeps two values for each trained one and the scores are three, also in a plan on a GPU."""
+    """For each trained value, AdamW keeps two values and the scores are three, also in the plan of a GPU."""
     recipe = workshop.recipe(
         build_adalora(init_r=32), train={"steps": 5}, profile=Profile(untimed_steps=3, memory_breakdown=True)
     )
@@ -378,8 +378,8 @@ def test_flops_contain_the_penalty() -> None:
         (
             {"tinit": 5, "tfinal": 3},
             OutOfRangeError,
-            "method.tinit=5 and method.tfinal=3 leave no step to reduce the ranks: they need 9 training steps or more, "
-            "and the run has 8; lower them, or train for more steps",
+            "method.tinit=5 and method.tfinal=3 leave no step to reduce the ranks: they need at least 9 training "
+            "steps, but the run has 8; lower them, or train for more steps",
         ),
     ],
 )

@@ -48,7 +48,7 @@ def list_training_modules(base: PreTrainedModel) -> set[str]:
     ],
 )
 def test_frozen_blocks_end_at_the_lowest_trained_one(train: str, num_frozen: int) -> None:
-    """They are in evaluation mode with everything outside the blocks; the blocks above are in training mode."""
+    """They and all modules outside blocks are in evaluation mode; the blocks above them are in training mode."""
     base = random_base(llama_config(num_hidden_layers=4, tie_word_embeddings=False))
     part = apply(Select(train=train), base)
     names = [name for name, _ in find_blocks(base)]
@@ -106,7 +106,7 @@ def test_method_without_a_selection_has_no_frozen_part() -> None:
 def test_hash_covers_every_tensor_below_the_cut(
     architecture: str, fresh_base: Callable[[str], PreTrainedModel]
 ) -> None:
-    """A change of one element changes it, except in the last block and what runs after it; a tied head is below."""
+    """A change of one element changes the hash, except in the last block and above; a tied head counts as below."""
     base = fresh_base(architecture)
     part = apply(LastBlocks(), base)
     before = hash_frozen_part(base, part)

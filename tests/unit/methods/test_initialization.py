@@ -162,7 +162,7 @@ def test_values_are_those_of_peft(
 def test_outputs_before_the_first_step_are_those_of_the_base(
     kind: str, architecture: str, fresh_base: Callable[[str], PreTrainedModel]
 ) -> None:
-    """The product of the initial factors is taken out of the frozen matrices."""
+    """The product of the initial factors is subtracted from the frozen matrices."""
     expected = logits_of(fresh_base(architecture))
     model = initialize(build(kind), fresh_base(architecture))
     assert (logits_of(model) - expected).norm() < 1e-5 * expected.norm()
@@ -274,7 +274,7 @@ def test_mistake_in_a_key_is_one_sentence(method: dict[str, Any], error: type[Pe
     ],
 )
 def test_quantization_that_does_not_fit_is_refused(kind: str, quantization: str | None, message: str | None) -> None:
-    """Before any weight is loaded."""
+    """The error is raised before any weight is loaded."""
     model = {"path": "x", "quantization": quantization}
     recipe = parse_recipe(RECIPE | {"method": {"kind": kind}, "model": model, "train": {"steps": 1}})
     trial = try_method(recipe.method, llama_config())
@@ -286,7 +286,7 @@ def test_quantization_that_does_not_fit_is_refused(kind: str, quantization: str 
 
 
 def test_too_few_tokens_are_refused(fresh_base: Callable[[str], PreTrainedModel]) -> None:
-    """Peft would pass over the examples forever."""
+    """Without this check, peft would repeat the passes over the examples forever."""
     method = METHOD_KINDS["eva"].model_validate({"r": 40})
     with pytest.raises(OutOfRangeError, match=r"eva needs 80 tokens .* the 6 examples have 66; raise"):
         initialize(method, fresh_base("gpt2_tied"))
@@ -295,7 +295,7 @@ def test_too_few_tokens_are_refused(fresh_base: Callable[[str], PreTrainedModel]
 def test_components_that_do_not_converge_are_refused(
     fresh_base: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Peft has no limit."""
+    """Peft itself has no limit on the number of passes."""
     monkeypatch.setattr("peftbench.methods.initialization._MAX_EVA_ROUNDS", 2)
     method = build("eva", eva_config={"tau": 1.0})
     with pytest.raises(UnsupportedModelError, match=r"have not converged after 2 passes over 6 examples"):
@@ -311,14 +311,14 @@ def test_components_that_do_not_converge_are_refused(
             r"at most rank 32 for transformer.h.0.attn.c_attn \(64 to 192\), which has rank 40",
         ),
         ("corda", {"r": 70}, "allows at most rank 64 for transformer.h.0.attn.c_attn"),
-        ("corda", {"target_modules": ("wte",)}, "initializes linear layers with a matrix of their own, but"),
-        ("eva", {"target_modules": ("c_attn", "wte")}, "initializes linear layers with a matrix of their own, but"),
+        ("corda", {"target_modules": ("wte",)}, "needs linear layers that share no matrix with the embedding, but"),
+        ("eva", {"target_modules": ("c_attn", "wte")}, "needs linear layers that share no matrix with the embedding"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused(
     kind: str, keys: dict[str, Any], message: str, fresh_base: Callable[[str], PreTrainedModel]
 ) -> None:
-    """One sentence with the reason."""
+    """The error is one sentence with the reason."""
     with pytest.raises(UnsupportedModelError, match=message):
         initialize(METHOD_KINDS[kind].model_validate(keys), fresh_base("gpt2_tied"))
 

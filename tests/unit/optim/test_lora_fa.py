@@ -57,7 +57,7 @@ def test_update_is_the_nearest_to_the_full_gradient() -> None:
 
 
 def test_rank_above_the_inputs_gives_a_pseudoinverse() -> None:
-    """A with fewer columns than rows has a singular A A^T, whose inverse stays finite."""
+    """If A has fewer columns than rows, A A^T is singular; its pseudoinverse is finite."""
     pair = build_pair(6, 2)
     gram = pair.scaling**2 * pair.a @ pair.a.T
     inverse = compute_inverse(pair)
@@ -69,7 +69,7 @@ def test_rank_above_the_inputs_gives_a_pseudoinverse() -> None:
 def test_weights_equal_those_of_peft(
     use_rslora: bool, fresh_base: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four steps differ by rounding: 1e-6 of their length. The eps is tiny, since peft scales it differently."""
+    """After four steps, weights differ by at most 1e-6 of their norm. eps is tiny, since peft scales it differently."""
     monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)
     method = Lora(r=4, lora_alpha=8, use_rslora=use_rslora)
     ours, theirs = (apply_seeded(method, fresh_base("llama_untied")) for _ in range(2))
@@ -117,7 +117,7 @@ def test_other_parameters_are_stepped_by_adamw(fresh_base: Callable[[str], PreTr
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_run_trains_b_alone(precision: str, workshop: Workshop) -> None:
-    """Counts, FLOPs, states and plan are those of B; the saved adapter contains A, as it was in the beginning."""
+    """Counts, FLOPs, states and plan are those of B; the saved adapter also contains A."""
     plain, ours = (
         workshop.recipe(
             Lora(r=4),
@@ -171,7 +171,7 @@ def test_plan_has_the_flops_of_the_run_and_smaller_activations(workshop: Worksho
 
 
 def test_inverse_is_computed_once(fresh_base: Callable[[str], PreTrainedModel]) -> None:
-    """It is a state of B, which a later step does not compute again."""
+    """It is part of B's state, and later steps do not compute it again."""
     model = Lora(r=4).apply(fresh_base("llama_untied"), None)  # type: ignore[arg-type]
     kind = LoraFA(learning_rate=RATE)
     kind.prepare_model(model)
@@ -207,7 +207,7 @@ def test_stacked_experts_are_refused() -> None:
         eos_token_id=0,
     )
     model = Lora(r=2).apply(random_base(config), None)  # type: ignore[arg-type]
-    with pytest.raises(OptimizerError, match=r"products of a whole A and B, and peft adapts .*mlp.* with ParamWrapper"):
+    with pytest.raises(OptimizerError, match=r"one matrix A and one B in each .* peft adapts .*mlp.* ParamWrapper"):
         LoraFA().prepare_model(model)
     attention = Lora(r=2, target_modules=("q_proj",)).apply(random_base(config), None)  # type: ignore[arg-type]
     LoraFA().prepare_model(attention)

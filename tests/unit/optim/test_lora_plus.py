@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, Method]] = {
 
 
 def apply_with_noise(method: Method, base: PreTrainedModel) -> nn.Module:
-    """Return the adapted model, with other values than zero in each trained parameter."""
+    """Return the adapted model, with nonzero values in each trained parameter."""
     torch.manual_seed(0)
     model = method.apply(base, None)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(3)
@@ -115,7 +115,7 @@ def test_groups_contain_each_trained_parameter_once(workshop: Workshop) -> None:
 
 
 def test_note_has_both_rates_and_states_have_their_closed_form(workshop: Workshop) -> None:
-    """A run trains A and B."""
+    """Parameters and FLOPs are those of LoRA with AdamW."""
     plain, ours = (
         workshop.run(workshop.recipe(Lora(r=4), name=kind.kind, train={"steps": 1}, optimizer=kind))
         for kind in (AdamW(), LoraPlus(learning_rate=RATE, learning_rate_ratio=4))
@@ -139,7 +139,7 @@ def test_method_without_lora_is_refused(optimizer: str, build: Callable[[], Meth
     method = build()
     with pytest.raises(
         CombinationError,
-        match=rf"method\.kind={method.kind}.*needs the matrices A and B of LoRA.*lora, dora.*use optimizer\.kind=adamw",
+        match=rf"method\.kind={method.kind}.*needs the matrices A and B of LoRA.*: lora, .*use optimizer\.kind=adamw",
     ):
         build_accelerator(workshop.recipe(method, optimizer={"kind": optimizer}), workshop.output)
 
@@ -149,7 +149,7 @@ def test_method_that_trains_a_alone_is_refused(optimizer: str, workshop: Worksho
     """MiCA freezes B."""
     method: Any = METHOD_KINDS["mica"]
     recipe = workshop.recipe(method(r=4), architecture="llama_untied", optimizer={"kind": optimizer})
-    with pytest.raises(OptimizerError, match=r"trains the matrix B of LoRA, and this one trains none; use method"):
+    with pytest.raises(OptimizerError, match=r"trains the matrix B of LoRA, but this method does not; use method"):
         workshop.run(recipe)
 
 

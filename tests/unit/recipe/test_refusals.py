@@ -96,7 +96,7 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     (
         "train.feature_cache=fp32",
         OutOfRangeError,
-        "above a frozen part, and this lora does not; use last_blocks, select, or",
+        "only upper layers of the base model, and this lora does not; use last_blocks, select, or",
     ),
     ("data.source={kind: synthetic, prompt_tokens: [1]}", OutOfRangeError, "must be a list of at least 2 values"),
     ("train.feature_cache=fp16", OutOfRangeError, "train.feature_cache='fp16' is not an allowed value"),

@@ -20,6 +20,7 @@ from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.methods import METHOD_KINDS
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.lora import Lora
+from peftbench.optim import AdamW
 from peftbench.run.runner import Run
 from peftbench.training import initialization
 from tests.helpers.short_runs import use_small_matmul
@@ -43,6 +44,22 @@ def build_recipe(workshop: Workshop, kind: str, *, keys: dict[str, Any] | None =
     values = {"r": 4, "lora_alpha": 12} | ({} if kind == "loftq" else {f"{kind}_config": options})
     method = METHOD_KINDS[kind].model_validate(values | (keys or {}))
     return workshop.recipe(method, **parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_fa_keeps_computed_a(kind: str, workshop: Workshop) -> None:
+    """A stays frozen where setting the values replaces layers (EVA), and the record has the new counts."""
+    recipe = build_recipe(workshop, kind, architecture="llama_untied", optimizer={"kind": "lora_fa"}, save_model=True)
+    record = workshop.run(recipe)
+    plain = workshop.run(recipe.model_copy(update={"optimizer": AdamW(), "name": "plain"}))
+    assert record.parameters is not None
+    assert plain.parameters is not None
+    assert record.parameters.added_frozen is not None
+    assert record.parameters.trainable + record.parameters.added_frozen == plain.parameters.trainable
+    saved = load_file(workshop.output / "run" / "model" / "adapter_model.safetensors")
+    assert saved.keys() == load_file(workshop.output / "plain" / "model" / "adapter_model.safetensors").keys()
+    trained = sum(tensor.numel() for name, tensor in saved.items() if ".lora_B." in name)
+    assert record.parameters.trainable == (trained if kind == "eva" else trained // 2)  # the others save twice the rank
 
 
 @pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
@@ -78,7 +95,7 @@ def test_pass_is_a_measured_phase(kind: str, architecture: str, workshop: Worksh
 def test_resumed_training_uses_the_stored_values(
     kind: str, dtype: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses are bit-identical to those of an undisturbed run, and nothing is computed again."""
+    """Losses are bit-identical to those of an uninterrupted run, and no initial value is computed again."""
     dropout = {"lora_dropout": 0.1}  # so that random numbers matter
     types: dict[str, Any] = {"model": {"dtype": dtype}, "train": {"precision": dtype}}
     recipe = build_recipe(workshop, kind, keys=dropout, checkpoint={"interval": 1}, save_model=True, **types)
@@ -190,7 +207,7 @@ def test_loftq_corrects_the_error_of_the_quantization(workshop: Workshop, accele
 
 
 def test_loftq_is_refused_for_conv1d(workshop: Workshop) -> None:
-    """Stored matrices are transposed there."""
+    """Its matrices are stored transposed."""
     with pytest.raises(UnsupportedModelError, match="are stored transposed; use init_lora_weights=true"):
         workshop.run(build_recipe(workshop, "loftq", model={"quantization": "nf4"}))
 

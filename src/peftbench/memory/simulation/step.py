@@ -297,7 +297,7 @@ class MemorySimulation:
                 self._run_step(batches.pop())
 
     def _build_flop_counter(self) -> FlopCounter | None:
-        """Return a counter of a step's FLOPs if they have no closed form but can be counted."""
+        """Return a counter of a step's FLOPs if they have no closed form but can be counted; else None."""
         trial = try_method(self.recipe.method, self.loaded_model.model.config)
         is_needed = trial.flops_problem is not None and trial.flops_are_counted
         return FlopCounter(lambda: self.step_parts.current_part == "optimizer") if is_needed else None
