@@ -8,7 +8,6 @@ from __future__ import annotations
 import builtins
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 from pydantic import BeforeValidator, Field, create_model
@@ -135,17 +134,6 @@ class PeftByType(Method):
         return cast("builtins.type[Self]", _build_section("peft", peft_type))
 
 
-def _has_quantized_layers(peft_type: str) -> bool:
-    """True if peft has a layer of this type for matrices that bitsandbytes quantizes."""
-    from importlib.util import find_spec
-
-    package = f"peft.tuners.{peft_type.lower()}"
-    if find_spec(f"{package}.bnb") is not None:
-        return True
-    layer = find_spec(f"{package}.layer")
-    return layer is not None and "resolve_quantization_backend" in Path(str(layer.origin)).read_text(encoding="utf-8")
-
-
 def build_preset(kind: str) -> type[Method]:
     """Return the section of a kind of ``PRESETS``."""
     return _build_section(kind, PRESETS[kind].peft_type)
@@ -188,6 +176,5 @@ def _build_section(kind: str, peft_type: str) -> type[Method]:
         keys[name] = (annotation, FieldInfo.merge_field_infos(field, Field(**changes)) if changes else field)
     section = create_model(f"{peft_type.title().replace('_', '')}Section", __base__=base, __module__=__name__, **keys)
     section.peft_type, section.config_fields = peft_type, tuple(fields)
-    section.adapts_quantized = (base is not PeftMethod and peft_type != "LORA") or _has_quantized_layers(peft_type)
     section.learning_rates, section.learning_rate_source = preset.learning_rates, preset.source
     return section

@@ -57,8 +57,6 @@ class PeftMethod(Method):
     family: ClassVar[str] = "lora"  # it adds trained parameters to a frozen model, as LoRA does
     peft_type: ClassVar[str]
     """Name of the type in peft's ``PeftType``."""
-    adapts_quantized: ClassVar[bool]
-    """True if peft adapts a base model that bitsandbytes quantizes."""
     hidden_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields of peft's config class that are not keys: the type ignores or refuses them, or the run sets them."""
     field_changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -172,7 +172,7 @@ class Run:
         trained_dir = self._find_trained_model()
         if recipe.method.needs_trial:
             with probe.phase("try"):
-                check_method(recipe)
+                check_method(recipe, self.accelerator.device)
         with probe.phase("load"):
             base_model = load_base_model(recipe) if trained_dir is None else load_trained_base(state, trained_dir)
         with probe.phase("build"):

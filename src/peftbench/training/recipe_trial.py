@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,18 +41,24 @@ _PROMPT_LENGTHS, _NEW_TOKENS = (6, 3), 3
 _problems: dict[tuple[str, ...], str | None] = {}
 
 
-def check_method(recipe: Recipe) -> None:
-    """Try the recipe's method on its architecture and check the recipe's settings, before any weight is loaded.
+def check_method(recipe: Recipe, device: torch.device) -> None:
+    """Try the recipe's method on its architecture and ``device``, and check the recipe's settings, before loading.
 
     Raises:
         UnsupportedModelError: the method does not work there, or not with these settings.
         ModelError, HubUnreachableError: the model's config cannot be read.
     """
-    try_recipe(recipe, load_config(recipe.model))
+    config = load_config(recipe.model)
+    try_recipe(recipe, config)
+    precision = recipe.train.resolved_precision
+    if recipe.method.needs_trial and precision != "fp32":
+        key = (precision, recipe.frozen_dtype, str(recipe.model.quantization), device.type)
+        problem = _find_once(recipe, config, key, lambda: _check_precision(recipe, config, device))
+        _raise_if_refused(recipe, config, f"train.precision={precision}", "train.precision=fp32", problem)
 
 
 def try_recipe(recipe: Recipe, config: PreTrainedConfig) -> Trial:
-    """Return the answers for the recipe's method and an architecture, after the recipe's settings were checked.
+    """Return the answers for the recipe's method and an architecture; check the settings that no device changes.
 
     Raises:
         UnsupportedModelError: the method does not work on this architecture, or not with these settings.
@@ -62,39 +67,22 @@ def try_recipe(recipe: Recipe, config: PreTrainedConfig) -> Trial:
     trial.check(recipe)
     if not method.needs_trial:
         return trial
-    if problem := _find_base_problem(recipe, config, trial):
-        raise UnsupportedModelError(
-            f"method.kind={method.kind} does not work on {_describe_base(recipe)}: {problem}; "
-            f"{_suggest_base(recipe)}, or use method.kind=lora"
-        )
-    if generates_text(recipe) and (problem := _find_generation_problem(recipe, config, trial)):
-        raise UnsupportedModelError(
-            f"a model trained with method.kind={method.kind} cannot generate text: {problem}; set evaluate.metrics=[]"
-        )
+    if (quantization := recipe.model.quantization) is not None:
+        problem = _find_once(recipe, config, (quantization,), lambda: _check_quantized(recipe, config, trial))
+        setting = f"model.quantization={quantization}"
+        _raise_if_refused(recipe, config, setting, "model.quantization=null", problem)
+    if generates_text(recipe):
+        problem = _find_once(recipe, config, ("generation",), lambda: _check_generation(recipe, config, trial))
+        _raise_if_refused(recipe, config, "generation (evaluate.metrics)", "evaluate.metrics=[]", problem)
     return trial
 
 
-def _describe_base(recipe: Recipe) -> str:
-    if recipe.model.quantization is not None:
-        return f"a base model quantized to {recipe.model.quantization}"
-    return f"a base model in {recipe.frozen_dtype}"
-
-
-def _suggest_base(recipe: Recipe) -> str:
-    return "set model.quantization=null" if recipe.model.quantization is not None else "set model.dtype=fp32"
-
-
-def _find_base_problem(recipe: Recipe, config: PreTrainedConfig, trial: Trial) -> str | None:
-    """Return the reason for which the method does not work on a base model as the recipe holds it."""
-    quantization, dtype = recipe.model.quantization, recipe.frozen_dtype
-    if quantization is None and dtype == "fp32":
-        return None
-    key = ("base", str(quantization), dtype, recipe.train.resolved_precision)
-    return _find_once(recipe, config, key, lambda: _check_base(recipe, config, trial))
-
-
-def _find_generation_problem(recipe: Recipe, config: PreTrainedConfig, trial: Trial) -> str | None:
-    return _find_once(recipe, config, ("generation",), lambda: _check_generation(recipe, config, trial))
+def _raise_if_refused(recipe: Recipe, config: PreTrainedConfig, setting: str, other: str, problem: str | None) -> None:
+    if problem is not None:
+        raise UnsupportedModelError(
+            f"{setting} does not work with method.kind={recipe.method.kind} on {config.model_type}: {problem}; set "
+            f"{other}, or use method.kind=lora"
+        )
 
 
 def _find_once(
@@ -110,19 +98,15 @@ def _find_once(
     return _problems[full_key]
 
 
-def _check_base(recipe: Recipe, config: PreTrainedConfig, trial: Trial) -> str | None:
-    """Train on a copy of the base model as the recipe holds it; a quantized copy is first checked in float32."""
-    method = recipe.method
-    if recipe.model.quantization is not None and (problem := _check_quantized(recipe, config, trial)):
-        return problem
-    compute_dtype = get_autocast_dtype(recipe.train.resolved_precision)
-    base = _build_base(recipe, config, compute_dtype or torch.float32)
+def _check_precision(recipe: Recipe, config: PreTrainedConfig, device: torch.device) -> str | None:
+    """Compute gradients on a copy of the base model as the recipe holds it, in the recipe's precision."""
+    method, dtype = recipe.method, get_autocast_dtype(recipe.train.resolved_precision)
+    base = _build_base(recipe, config, dtype or torch.float32)
     subject = apply_to_copy(base, method)
     convert_frozen_weights(base, TORCH_DTYPES[recipe.frozen_dtype])
-    with _autocast(compute_dtype):
-        gradients = compute_gradients(subject, build_trial_batch(base, method))
-    is_finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
-    return None if is_finite else "gradients are not finite"
+    subject.model.to(device)
+    gradients = compute_gradients(subject, build_trial_batch(base, method).to(device), dtype)
+    return None if all(bool(one.isfinite().all()) for one in gradients) else "gradients are not finite"
 
 
 def _check_quantized(recipe: Recipe, config: PreTrainedConfig, trial: Trial) -> str | None:
@@ -153,7 +137,11 @@ def _check_generation(recipe: Recipe, config: PreTrainedConfig, trial: Trial) ->
     add_noise({name: one for name, one in subject.model.named_parameters() if one.requires_grad})
     subject.model.eval()
     longest = max(_PROMPT_LENGTHS)
-    ids = torch.arange(longest * len(_PROMPT_LENGTHS)).view(len(_PROMPT_LENGTHS), longest) * 7 % subject.base.vocab_size
+    ids = (
+        torch.arange(longest * len(_PROMPT_LENGTHS)).view(len(_PROMPT_LENGTHS), longest)
+        * 7
+        % int(subject.base.config.vocab_size)
+    )
     mask = torch.stack([(torch.arange(longest) >= longest - length).long() for length in _PROMPT_LENGTHS])
     together = _generate(subject, ids, mask)
     alone = [
@@ -190,7 +178,3 @@ def _build_base(recipe: Recipe, config: PreTrainedConfig, compute_dtype: torch.d
         values = {"path": folder, "tokenizer": None, "revision": None, "init": "pretrained", "attention": attention}
         model_config = recipe.model.model_copy(update=values)
         return load_base_weights(model_config, load_config(model_config), compute_dtype, torch.float32)
-
-
-def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)

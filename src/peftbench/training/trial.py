@@ -55,8 +55,6 @@ class Trial:
     trainable_parameters: int = 0
     added_parameters: int = 0
     """Number of scalars that the method adds and does not train, in frozen parameters and buffers."""
-    adapts_quantized: bool = True
-    """True if peft adapts a quantized base model with this method."""
     changes_start: bool = False
     """True if the outputs differ from those of the base model before the first step."""
     batching_problem: str | None = None
@@ -80,11 +78,6 @@ class Trial:
         """
         kind = recipe.method.kind
         recipe.method.check_quantization(recipe.model.quantization)
-        if recipe.model.quantization is not None and not self.adapts_quantized:
-            raise UnsupportedModelError(
-                f"method.kind={kind} does not adapt a quantized base model: peft has no layer for it; set "
-                "model.quantization=null, or use method.kind=lora"
-            )
         if recipe.train.gradient_checkpointing and self.checkpointing_problem:
             raise UnsupportedModelError(
                 f"train.gradient_checkpointing=true does not work with method.kind={kind} on this architecture: "
@@ -180,7 +173,6 @@ def _try_on_copy(method: Method, source: SmallCopy) -> Trial:
     return Trial(
         trainable_parameters=num_trained,
         added_parameters=_count_values(subject.model) - before - num_trained,
-        adapts_quantized=bool(getattr(method, "adapts_quantized", True)),
         changes_start=differ(expected, start),
         batching_problem=find_problem(lambda: _check_batching(subject, moved, effect)),
         packing_problem=find_problem(lambda: _check_packing(subject, moved, effect)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 
 from peftbench.common.text import first_line
 from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator
+from peftbench.errors import PeftbenchError
 from peftbench.methods.initialization import InitializationPass
 from peftbench.methods.small_copy import CopySize, build_small_copy
 from peftbench.modeling.loss import CausalLMLoss, build_loss
@@ -71,7 +72,7 @@ def apply_to_copy(base: PreTrainedModel, method: Method) -> TrialModel:
 
 
 def initialize_copy(subject: TrialModel) -> None:
-    """Compute and set the method's initial values on random documents; a copy is not quantized."""
+    """Compute and set the initial values of a method that needs data, on random documents."""
     needs = subject.method.initialization
     if needs is None:
         return
@@ -114,14 +115,18 @@ def compute_losses(subject: TrialModel, batch: MicroBatch, *, use_masks: bool = 
         return loss.per_token(subject.model, batch)
 
 
-def compute_gradients(subject: TrialModel, batch: MicroBatch) -> list[torch.Tensor]:
-    """Return the gradients of what is trained, in training mode."""
+def compute_gradients(
+    subject: TrialModel, batch: MicroBatch, autocast_dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """Return the gradients of what is trained, in training mode; autocast contains the forward pass alone."""
     loss = subject.build_loss(use_masks=True)
     subject.method.set_training(subject.model)
     trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
     torch.manual_seed(0)  # dropout
+    autocast = nullcontext() if autocast_dtype is None else torch.autocast(batch.targets.device.type, autocast_dtype)
     with loss.attention_context():
-        value = loss(subject.model, batch)
+        with autocast:
+            value = loss(subject.model, batch)
         gradients = torch.autograd.grad(value, trained, allow_unused=True)
     return [gradient for gradient in gradients if gradient is not None]
 
@@ -146,5 +151,7 @@ def find_problem(check: Callable[[], str | None]) -> str | None:
     """Return the reason that a check gives, or the error that it ends with."""
     try:
         return check()
+    except PeftbenchError as error:
+        return first_line(error)
     except Exception as error:  # code of peft and of the architecture may fail in any way
         return f"{type(error).__name__}: {first_line(error)}"

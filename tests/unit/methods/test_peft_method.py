@@ -136,18 +136,6 @@ def test_named_tokens_are_tried(index: int) -> None:
     assert try_method(method, llama_config()).trainable_parameters == 64
 
 
-@pytest.mark.parametrize(("kind", "is_allowed"), [("ia3", True), ("vera", True), ("p_tuning", True), ("hra", False)])
-def test_quantized_base_needs_a_layer_of_peft(kind: str, is_allowed: bool) -> None:
-    """A type that multiplies the weights itself would use their packed values."""
-    recipe = parse_recipe(RECIPE | {"method": {"kind": kind}, "model": {"path": "x", "quantization": "nf4"}})
-    trial = try_method(recipe.method, llama_config())
-    if is_allowed:
-        trial.check(recipe)
-    else:
-        with pytest.raises(UnsupportedModelError, match=rf"method\.kind={kind} does not adapt a quantized base model"):
-            trial.check(recipe)
-
-
 def test_replaced_layers_compute_the_same_and_are_restored() -> None:
     """Logits do not change, and the restored model has the original tensors' values."""
     model = build_small_copy(gpt2_config())
