@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, get_args
+from types import UnionType
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -25,10 +26,12 @@ class ConfigSection(BaseModel):
 
 
 def find_section_class(annotation: object) -> type[ConfigSection] | None:
-    """Return the section class of a field, which may be optional; None if the field holds a plain value."""
-    classes = [one for one in get_args(annotation) or (annotation,) if one is not type(None)]
-    is_group = len(classes) == 1 and isinstance(classes[0], type) and issubclass(classes[0], ConfigSection)
-    return classes[0] if is_group else None
+    """Return the section class of a field, which may be optional, or have another form without keys; None for none."""
+    if get_origin(annotation) in {Annotated, Union, UnionType}:
+        arguments = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+        sections = [section for section in map(find_section_class, arguments) if section is not None]
+        return sections[0] if len(sections) == 1 else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, ConfigSection) else None
 
 
 class RecordModel(BaseModel):

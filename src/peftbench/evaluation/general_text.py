@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from peftbench.data.encode import Encoder
+    from peftbench.data.text_set import TextSet
 
 WINDOW_TOKENS = 256
 """Most tokens of a window: short enough for every model, so that runs of one base model predict the same tokens."""
@@ -26,7 +27,7 @@ class GeneralText:
     """A text and where it was read."""
 
     name: str
-    """Value of ``evaluate.general_text``."""
+    """Value of ``evaluate.general_text``; of a data set its path, configuration and split."""
     text: str
 
     @property
@@ -35,24 +36,32 @@ class GeneralText:
         return hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()
 
 
-def read_general_text(name: str) -> GeneralText:
+def read_general_text(source: str | TextSet) -> GeneralText:
     """Return the text that ``evaluate.general_text`` names.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, or has no text.
+        DataError: the file or data set cannot be read, is not UTF-8, or has no text.
     """
+    name, text = (source, _read_file(source)) if isinstance(source, str) else (source.name, source.read())
+    if len(text.split()) < 2:
+        raise DataError(
+            f"the text of evaluate.general_text={name!r} is too short to measure a loss",
+            "give a text of at least a page",
+        )
+    return GeneralText(name, text)
+
+
+def _read_file(name: str) -> str:
+    """Return the shipped text, or that of a file."""
     described = f"evaluate.general_text={name!r}"
     path = GENERAL_TEXT_FILE if name == SHIPPED_GENERAL_TEXT else Path(name)
     check_is_file(path, described)
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{described} is not UTF-8 text: byte {error.start} is invalid", "save it as UTF-8") from error
     except OSError as error:
         raise DataError(f"{described} cannot be read: {error.strerror}", "give a file that can be read") from error
-    if len(text.split()) < 2:
-        raise DataError(f"{described} is too short to measure a loss", "give a text of at least a page")
-    return GeneralText(name, text)
 
 
 def encode_windows(text: str, encoder: Encoder) -> tuple[Dataset, int]:

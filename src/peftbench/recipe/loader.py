@@ -304,7 +304,7 @@ def _locate_error(
         is_tag, follows_group = follows_group and path[-1] != "method" and key in table, False
         if is_tag:
             continue  # the kind, which is not part of the path
-        if group is None and path and isinstance(key, str) and key not in fields:
+        if isinstance(key, str) and (" " in key or (group is None and path and key not in fields)):
             continue  # a branch of a union, e.g. "tuple[str, ...]"
         path.append(str(key))
         given = given.get(key) if isinstance(given, Mapping) else None

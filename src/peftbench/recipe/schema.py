@@ -18,6 +18,7 @@ from peftbench.common.fingerprint import fingerprint_measured_training, fingerpr
 from peftbench.common.schema import ConfigSection, PathText
 from peftbench.common.units import parse_size
 from peftbench.data.sources import AnySource
+from peftbench.data.text_set import AnyText, TextSet
 from peftbench.errors import BudgetError
 from peftbench.methods import AnyMethod
 from peftbench.optim import AdamW, AnyOptimizer
@@ -198,8 +199,8 @@ class Evaluate(ConfigSection):
     """Evaluate the validation split during training every N steps, or e.g. 0.5ep (epochs); null: never."""
     interval_metrics: bool = False
     """Also generate at each evaluation of evaluate.interval and record the means of the metrics; slow."""
-    general_text: PathText | None = None
-    """Text whose loss shows forgetting: "shipped", or a .txt file; null: none. Measured before and after training."""
+    general_text: AnyText | None = None
+    """Text whose loss shows forgetting: "shipped", a .txt file, or {path: NAME} of a data set; null: none."""
 
     @field_validator("interval", mode="before")
     @classmethod
@@ -216,9 +217,9 @@ class Evaluate(ConfigSection):
 
     @field_validator("general_text")
     @classmethod
-    def _check_general_text(cls, value: str | None) -> str | None:
-        if value is not None and value != "shipped" and not value.endswith(".txt"):
-            raise ValueError('must be "shipped", the path of a .txt file, or null')
+    def _check_general_text(cls, value: str | TextSet | None) -> str | TextSet | None:
+        if isinstance(value, str) and value != "shipped" and not value.endswith(".txt"):
+            raise ValueError('must be "shipped", the path of a .txt file, a data set ({path: ...}), or null')
         return value
 
     @model_validator(mode="after")

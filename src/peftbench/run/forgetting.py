@@ -69,7 +69,9 @@ def _measure(
     state: RunState, recipe: Recipe, adapted_model: AdaptedModel, encoder: Encoder, is_oom: IsOom
 ) -> Forgetting:
     """Return the loss of a model on the general text, as that after the training."""
-    text = read_general_text(str(recipe.evaluate.general_text))
+    source = recipe.evaluate.general_text
+    assert source is not None, "measured only with a text"
+    text = read_general_text(source)
     windows, window_tokens = encode_windows(text.text, encoder)
     evaluator = build_evaluator(state, adapted_model, encoder, windows, is_oom, recipe=recipe)
     held_out = evaluator.compute_held_out_loss()

@@ -64,6 +64,12 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
         OutOfRangeError,
         "interval_metrics=true needs evaluate.interval and metrics",
     ),
+    ("evaluate.general_text={path: a, colum: b}", UnknownKeyError, "did you mean 'evaluate.general_text.column'"),
+    (
+        "evaluate.general_text={path: a, rows: 0}",
+        OutOfRangeError,
+        "evaluate.general_text.rows=0 must be greater than 0",
+    ),
     ("evaluate.general_text=a.md", OutOfRangeError, "evaluate.general_text='a.md': must be \"shipped\", the path of a"),
     (
         "checkpoint.keep_best=true",

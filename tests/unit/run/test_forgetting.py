@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from peftbench.data.text_set import TextSet
 from peftbench.errors import DataError, DataNotFoundError
-from peftbench.evaluation.general_text import read_general_text
+from peftbench.evaluation.general_text import GeneralText, read_general_text
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.lora import Lora
@@ -138,6 +140,47 @@ def test_own_text(workshop: Workshop, tmp_path: Path) -> None:
     assert forgetting is not None
     assert forgetting.text == str(file)
     assert forgetting.text_fingerprint == read_general_text(str(file)).fingerprint
+
+
+def test_text_of_a_data_set(workshop: Workshop, tmp_path: Path) -> None:
+    """The first rows of a column, empty ones included, are one text; the record names the split."""
+    folder = write_data_set(tmp_path, ["The harbour council voted.\n", "", "It was late. " * 20, "not read"])
+    source = {"path": str(folder), "column": "body", "rows": 3}
+    recipe = workshop.recipe(Lora(r=2), evaluate={"general_text": source})
+    assert recipe.evaluate.general_text == TextSet(**source)
+    forgetting = workshop.run(recipe).forgetting
+    assert forgetting is not None
+    assert forgetting.text == f"{folder} (validation)"
+    text = "The harbour council voted.\n\n" + "It was late. " * 20
+    assert forgetting.text_fingerprint == GeneralText("", text).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"column": "text"}, "evaluate.general_text cannot be read: .*text"),
+        ({"split": "dev"}, "evaluate.general_text cannot be read: .*dev.* does not exist"),
+        ({"path": "no folder"}, "evaluate.general_text cannot be read: could not load no folder"),
+    ],
+    ids=["column", "split", "path"],
+)
+def test_unusable_data_set_is_refused_before_the_run(
+    change: dict[str, str], message: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    """The error has the key, and nothing was written."""
+    source = {"path": str(write_data_set(tmp_path, ["a b c"])), "column": "body"} | change
+    with pytest.raises(DataError, match=message):
+        Run(workshop.recipe(Lora(r=2), evaluate={"general_text": source}))
+    assert not (workshop.output / "run").exists()
+
+
+def write_data_set(folder: Path, texts: list[str]) -> Path:
+    """Write a data set with a validation split whose column is ``body``."""
+    data = folder / "data_set"
+    data.mkdir()
+    rows = "".join(json.dumps({"body": text}) + "\n" for text in texts)
+    (data / "validation.jsonl").write_text(rows, encoding="utf-8")
+    return data
 
 
 @pytest.mark.parametrize(
