@@ -102,9 +102,10 @@ def train_step(
         if max_grad_norm is not None:
             accelerator.clip_grad_norm_(training.model.parameters(), max_grad_norm)
         training.optimizer.step()
-        training.method_hooks.after_optimizer_step(step, was_skipped=accelerator.optimizer_step_was_skipped)
+        was_skipped = accelerator.optimizer_step_was_skipped  # fp16's loss scaler found an overflow
+        training.method_hooks.after_optimizer_step(step, was_skipped=was_skipped)
         training.optimizer.zero_grad()
-    if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaler found an overflow and skipped the step
+    if not was_skipped:
         training.lr_scheduler.step()
     return float(accelerator.reduce(total).item()) / batch.token_counts.labeled  # the step's only synchronization
 
