@@ -93,6 +93,7 @@ def run_out_of_memory(
     return record, arguments
 
 
+@pytest.mark.slow
 def test_plan_of_an_oom_suggestion_fits(
     full: Path,
     project: Path,

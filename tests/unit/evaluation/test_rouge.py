@@ -211,6 +211,7 @@ if first_process:
 """
 
 
+@pytest.mark.slow
 def test_two_evaluations_at_once_without_locks(tmp_path: Path, caches: dict[str, str]) -> None:
     """Each of two processes computes its own scores and leaves no file, where locks are ignored and where they fail."""
     libraries, meeting = tmp_path / "libraries", tmp_path / "meeting"

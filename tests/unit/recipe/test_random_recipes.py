@@ -112,12 +112,12 @@ def check_random_recipe(folder: Path) -> Callable[[dict[str, Any], list[str]], N
 
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(50, id="50"), pytest.param(500, id="500", marks=pytest.mark.slow)],
+    [pytest.param(20, id="20"), pytest.param(500, id="500", marks=pytest.mark.slow)],
 )
 def test_random_recipe_is_printed_or_refused_in_one_sentence(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fifty recipes in the fast tier, five hundred in the slow one, and those that once failed."""
+    """Twenty recipes in the fast tier, five hundred in the slow one, and those that once failed."""
     monkeypatch.chdir(tmp_path)
     check = check_random_recipe(tmp_path)
 

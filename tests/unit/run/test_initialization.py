@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from peftbench.record import RunRecord
 
 KINDS = ("eva", "corda", "lora_ga")
+FAST_POINTS = {("eva", "llama_untied"), ("corda", "gpt2_tied"), ("lora_ga", "llama_untied")}
+POINTS = [
+    pytest.param(kind, architecture, marks=() if (kind, architecture) in FAST_POINTS else pytest.mark.slow)
+    for kind in KINDS
+    for architecture in ("gpt2_tied", "llama_untied")
+]
 FAST_RESUMES = {("eva", "fp32"), ("corda", "fp32"), ("lora_ga", "bf16")}
 
 
@@ -46,7 +52,7 @@ def build_recipe(workshop: Workshop, kind: str, *, keys: dict[str, Any] | None =
     return workshop.recipe(method, **parts)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["eva", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_lora_fa_keeps_computed_a(kind: str, workshop: Workshop) -> None:
     """A stays frozen where setting the values replaces layers (EVA), and the record has the new counts."""
     recipe = build_recipe(workshop, kind, architecture="llama_untied", optimizer={"kind": "lora_fa"}, save_model=True)
@@ -62,8 +68,7 @@ def test_lora_fa_keeps_computed_a(kind: str, workshop: Workshop) -> None:
     assert record.parameters.trainable == (trained if kind == "eva" else trained // 2)  # the others save twice the rank
 
 
-@pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "architecture"), POINTS)
 def test_pass_is_a_measured_phase(kind: str, architecture: str, workshop: Workshop) -> None:
     """Its seconds are part of the start-up, its peak is in the record, and no step contains its FLOPs."""
     record = workshop.run(build_recipe(workshop, kind, architecture=architecture, save_model=True))
@@ -126,8 +131,7 @@ def test_training_that_starts_again_computes_the_same_values(kind: str, workshop
     assert again.step_losses == first.step_losses
 
 
-@pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "architecture"), POINTS)
 def test_saved_model_is_evaluated_without_a_pass(kind: str, architecture: str, workshop: Workshop) -> None:
     """The loss is that of the run, and peft loads the adapter on the base model."""
     recipe = build_recipe(workshop, kind, architecture=architecture, save_model=True)
@@ -161,7 +165,7 @@ def evaluate(recipe: Recipe) -> RunRecord:
         return Run(recipe, evaluate_only=True).execute()[0]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_in_16_bits_start_at_the_loss_of_the_base(kind: str, optimizer: str, workshop: Workshop) -> None:
     """The trained weights keep the type of the optimizer, and only they are rounded."""
