@@ -110,4 +110,5 @@ def test_table_in_the_docs_covers_and_shrinks(population: Any) -> None:
         assert min(covered[1:]) >= 933
         assert widths[1:] == sorted(set(widths[1:]), reverse=True)
         if "records" in scenario.label:
-            assert widths[simulation.SEED_COUNTS.index(5)] < widths[0]
+            assert widths[simulation.SEED_COUNTS.index(5)] == pytest.approx(widths[0], rel=0.05)
+            assert widths[simulation.SEED_COUNTS.index(10)] < widths[0]
