@@ -199,10 +199,15 @@ def build_cut(
     if not part.is_backbone:
         with isolated_forward(base), autocast():
             return BlockCut(base, part.list_modules(base))
-    if not isinstance(loss, LabeledLogitsLoss) or base.base_model is base:
+    if base.base_model is base:
         raise UnsupportedModelError(
             f"{base.config.model_type} has no backbone separate from its head, so its states cannot be cached; set "
             "train.feature_cache=null"
+        )
+    if not isinstance(loss, LabeledLogitsLoss):
+        raise UnsupportedModelError(
+            "train.feature_cache stores hidden states of labeled tokens below the head, and train.logits=all computes "
+            "all logits; set train.logits=labels_only, or train.feature_cache=null"
         )
     return HeadCut(loss)
 

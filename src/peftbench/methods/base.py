@@ -168,6 +168,10 @@ class Method(ConfigSection):
 
         return FrozenPart(obstacle=f"{self.kind} trains parameters in every block")
 
+    def reduce_for_trial(self) -> Method:
+        """Return the method that is tried on a small copy of an architecture."""
+        return self
+
     def set_training(self, model: nn.Module) -> None:
         """Set the applied model to the mode in which it is trained."""
         model.train()

@@ -25,12 +25,17 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from peftbench.methods.base import Method
+    from peftbench.methods.small_copy import CopySize
+
 _INIT_CONFIGS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
 """Initializations that pass over examples, with the key of their options."""
 _SUBTRACTED = ("corda", "lora_ga")
 """Initializations that change the frozen matrices."""
 _COMPUTED = (*_INIT_CONFIGS, "loftq")
 _INITS = ("gaussian", "pissa", "olora", "orthogonal", "mica", *_COMPUTED)
+_TRIAL_RANK, _TRIAL_WIDTH = 4, 256
+"""Rank and width in trials of computed initializations, which decompose matrices."""
 _FACTOR = re.compile(r"(.*)\.(lora_[AB])\.weight")
 
 
@@ -39,6 +44,7 @@ class PeftLora(PeftMethod):
 
     adds_lora: ClassVar[bool] = True
     init_lora_weights: bool | str
+    r: int
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -73,6 +79,18 @@ class PeftLora(PeftMethod):
             return InitializationNeeds(section.init_examples)
         return InitializationNeeds(section.init_examples, initialization.count_eva_tokens(self._build_init_config()))
 
+    def reduce_for_trial(self) -> Method:
+        """Return a method of a low rank if the initial values are computed: a copy's matrices may be too small."""
+        if self.initialization is None:
+            return self
+        return self.model_copy(update={"r": min(self.r, _TRIAL_RANK), "rank_pattern": {}})
+
+    def _list_copy_sizes(self) -> list[CopySize]:
+        sizes = super()._list_copy_sizes()
+        if self.initialization is None:
+            return sizes
+        return [size if size.max_width is None else size._replace(max_width=_TRIAL_WIDTH) for size in sizes]
+
     def check_quantization(self, quantization: str | None) -> None:
         init = self.init_lora_weights
         if init == "loftq" and quantization not in {"nf4", "nf4_double"}:
@@ -81,9 +99,9 @@ class PeftLora(PeftMethod):
                 f"model.quantization={quantization or 'null'}; set it to nf4 or nf4_double, or use another "
                 "initialization"
             )
-        if quantization is not None and (init in _SUBTRACTED or str(init).startswith(("pissa", "olora"))):
+        if quantization is not None and (init in _SUBTRACTED or str(init).startswith(("mica", "pissa", "olora"))):
             raise OutOfRangeError(
-                f"init_lora_weights={init} changes the matrices of the base model, which model.quantization="
+                f"init_lora_weights={init} decomposes the matrices of the base model, which model.quantization="
                 f"{quantization} packs; set model.quantization=null, or use another initialization"
             )
 
@@ -111,19 +129,21 @@ class PeftLora(PeftMethod):
             "lora_ga": initialization.compute_lora_ga,
             "loftq": initialization.compute_loftq,
         }[str(self.init_lora_weights)]
+        kept = _list_kept(model)
         with warnings.catch_warnings():  # about defaults, and hooks on layers whose inputs need no gradient
             warnings.simplefilter("ignore")
-            return compute(model, data, self._build_init_config())
+            values = compute(model, data, self._build_init_config())
+        _restore_kept(model, kept)  # peft's disable_adapter enables the gradients of all factors at its end
+        return values
 
     def set_initial_values(self, model: nn.Module, values: InitialValues) -> None:
-        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+        kept = _list_kept(model)
         if self.init_lora_weights == "eva":
             with keep_initial_values():
                 initialization.set_eva(model, values, self._build_init_config())
         else:
             initialization.set_factors(model, values, subtract=self.init_lora_weights in _SUBTRACTED)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype) if parameter.requires_grad else parameter.data
+        _restore_kept(model, kept)
         model.initial_values = values  # type: ignore[assignment]
 
     def save(self, model: nn.Module, save_directory: Path) -> None:
@@ -169,6 +189,22 @@ class PeftLora(PeftMethod):
         with warnings.catch_warnings():  # about a conversion by peft, which is not used
             warnings.simplefilter("ignore")
             return LoraConfig(init_lora_weights=init, **values, **{_INIT_CONFIGS[init]: options})  # type: ignore[arg-type]
+
+
+def _list_kept(model: nn.Module) -> dict[str, tuple[torch.dtype, bool]]:
+    """Return the type of each parameter by name, and whether it is trained."""
+    return {name: (parameter.dtype, parameter.requires_grad) for name, parameter in model.named_parameters()}
+
+
+def _restore_kept(model: nn.Module, kept: dict[str, tuple[torch.dtype, bool]]) -> None:
+    """Restore the types of the parameters, and which of them are trained; layers may have been replaced."""
+    for name, parameter in model.named_parameters():
+        if name not in kept:
+            continue  # a frozen matrix whose adapter EVA removed
+        dtype, is_trained = kept[name]
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(is_trained)
 
 
 def _append_initial_factors(folder: Path, initial: InitialValues) -> None:

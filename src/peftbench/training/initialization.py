@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import set_seed
 
-from peftbench.common.dtypes import TORCH_DTYPES
 from peftbench.data.batches import Batches, EncodedExamples
 from peftbench.data.collate import Collator, MicroBatch
 from peftbench.errors import UnsupportedModelError
 from peftbench.methods.initialization import InitializationPass, InitialValues
-from peftbench.modeling.frozen_weights import convert_frozen_weights
 from peftbench.modeling.gguf_file import is_gguf_path
 from peftbench.modeling.loading import load_config, resolve_model_path
 from peftbench.modeling.run_base import find_run_base
@@ -74,8 +72,6 @@ def set_initial_values(recipe: Recipe, adapted_model: AdaptedModel, values: Init
     """Set the values in the model; return it with its new parameter counts."""
     before = _count_values(adapted_model.model)
     recipe.method.set_initial_values(adapted_model.model, values)
-    recipe.optimizer.prepare_model(adapted_model.model)  # the method may have replaced layers
-    convert_frozen_weights(adapted_model.base.model, TORCH_DTYPES[recipe.frozen_dtype])
     trained, six_n_parameters = count_parameters(recipe, adapted_model.base, adapted_model.model)
     counts = adapted_model.parameters
     added_frozen = (

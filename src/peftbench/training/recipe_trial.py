@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from peftbench.methods.base import Method
     from peftbench.recipe.schema import Recipe
 
 _PROMPT_LENGTHS, _NEW_TOKENS = (6, 3), 3
@@ -100,8 +101,8 @@ def _find_once(
 
 def _check_precision(recipe: Recipe, config: PreTrainedConfig, device: torch.device) -> str | None:
     """Compute gradients on a copy of the base model as the recipe holds it, in the recipe's precision."""
-    method, dtype = recipe.method, get_autocast_dtype(recipe.train.resolved_precision)
-    base = _build_base(recipe, config, dtype or torch.float32)
+    method, dtype = recipe.method.reduce_for_trial(), get_autocast_dtype(recipe.train.resolved_precision)
+    base = _build_base(recipe, method, config, dtype or torch.float32)
     subject = apply_to_copy(base, method)
     convert_frozen_weights(base, TORCH_DTYPES[recipe.frozen_dtype])
     subject.model.to(device)
@@ -111,8 +112,8 @@ def _check_precision(recipe: Recipe, config: PreTrainedConfig, device: torch.dev
 
 def _check_quantized(recipe: Recipe, config: PreTrainedConfig, trial: Trial) -> str | None:
     """Check that an adapted quantized copy starts from the copy's own losses, and that training changes them."""
-    method = recipe.method
-    base = _build_base(recipe, config, torch.float32)
+    method = recipe.method.reduce_for_trial()
+    base = _build_base(recipe, method, config, torch.float32)
     before = compute_losses(TrialModel(base, base, method), build_trial_batch(base, method, virtual=False))
     subject = apply_to_copy(base, method)
     reads_weights = method.initialization is not None and method.initialization.weights
@@ -132,7 +133,7 @@ def _check_quantized(recipe: Recipe, config: PreTrainedConfig, trial: Trial) -> 
 
 def _check_generation(recipe: Recipe, config: PreTrainedConfig, trial: Trial) -> str | None:
     """Compare the tokens that follow two left-padded prompts with those that follow each prompt alone."""
-    method = recipe.method
+    method = recipe.method.reduce_for_trial()
     subject = apply_to_copy(SmallCopy(config, method.resolve_targets(config).copy_size).build(), method)  # type: ignore[attr-defined]
     add_noise({name: one for name, one in subject.model.named_parameters() if one.requires_grad})
     subject.model.eval()
@@ -167,9 +168,11 @@ def _generate(subject: TrialModel, ids: torch.Tensor, mask: torch.Tensor) -> tor
         )
 
 
-def _build_base(recipe: Recipe, config: PreTrainedConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
+def _build_base(
+    recipe: Recipe, method: Method, config: PreTrainedConfig, compute_dtype: torch.dtype
+) -> PreTrainedModel:
     """Return a small copy of the base model, quantized as the recipe requests, by the code that loads a real one."""
-    copy = SmallCopy(config, recipe.method.resolve_targets(config).copy_size).build()  # type: ignore[attr-defined]
+    copy = SmallCopy(config, method.resolve_targets(config).copy_size).build()  # type: ignore[attr-defined]
     if recipe.model.quantization is None:
         return copy
     attention = copy.config._attn_implementation

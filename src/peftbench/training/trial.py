@@ -131,6 +131,7 @@ def try_method(method: Method, config: PreTrainedConfig) -> Trial:
 
 def _try(method: Method, config: PreTrainedConfig) -> Trial:
     try:
+        method = method.reduce_for_trial()
         return _try_on_copy(method, SmallCopy(config, method.resolve_targets(config).copy_size))  # type: ignore[attr-defined]
     except UnsupportedModelError:
         raise

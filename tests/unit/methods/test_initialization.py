@@ -266,9 +266,10 @@ def test_mistake_in_a_key_is_one_sentence(method: dict[str, Any], error: type[Pe
     [
         ("loftq", None, "model.quantization=null; set it to nf4 or nf4_double"),
         ("loftq", "int8", "model.quantization=int8; set it to nf4 or nf4_double"),
-        ("corda", "nf4", "changes the matrices of the base model"),
-        ("lora_ga", "int8", "changes the matrices of the base model"),
-        ("pissa", "nf4", "changes the matrices of the base model"),
+        ("corda", "nf4", "decomposes the matrices of the base model"),
+        ("lora_ga", "int8", "decomposes the matrices of the base model"),
+        ("pissa", "nf4", "decomposes the matrices of the base model"),
+        ("mica", "nf4", "decomposes the matrices of the base model"),
         ("loftq", "nf4", None),
         ("eva", "nf4", None),
     ],

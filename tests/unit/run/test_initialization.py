@@ -52,10 +52,12 @@ def build_recipe(workshop: Workshop, kind: str, *, keys: dict[str, Any] | None =
     return workshop.recipe(method, **parts)
 
 
-@pytest.mark.parametrize("kind", ["eva", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
-def test_lora_fa_keeps_computed_a(kind: str, workshop: Workshop) -> None:
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_fa_keeps_computed_a(kind: str, precision: str, workshop: Workshop) -> None:
     """A stays frozen where setting the values replaces layers (EVA), and the record has the new counts."""
-    recipe = build_recipe(workshop, kind, architecture="llama_untied", optimizer={"kind": "lora_fa"}, save_model=True)
+    parts: dict[str, Any] = {"optimizer": {"kind": "lora_fa"}, "train": {"precision": precision}, "save_model": True}
+    recipe = build_recipe(workshop, kind, architecture="llama_untied", **parts)
     record = workshop.run(recipe)
     plain = workshop.run(recipe.model_copy(update={"optimizer": AdamW(), "name": "plain"}))
     assert record.parameters is not None
