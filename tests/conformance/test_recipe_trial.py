@@ -46,9 +46,9 @@ def test_base_model_of_a_recipe_is_tried(name: str, base: str, tmp_path: Path) -
     recipe = parse_recipe(RECIPE | {"model": model, "train": train})
     recipe = recipe.model_copy(update={"method": build_method(name)})
     if name not in REFUSED[base]:
-        check_method(recipe, torch.device("cpu"))
+        check_method(recipe, torch.device("cpu"), generates_text=True)
         return
     setting, other = ("model.quantization", "null") if is_quantized else ("train.precision", "fp32")
     expected = rf"{setting}={base} does not work with method\.kind=\w+ on llama: .+; set {setting}={other}, or use"
     with pytest.raises(UnsupportedModelError, match=expected):
-        check_method(recipe, torch.device("cpu"))
+        check_method(recipe, torch.device("cpu"), generates_text=True)

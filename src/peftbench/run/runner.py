@@ -18,7 +18,7 @@ from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.rank_failure import FailureChannel
 from peftbench.errors import DataError, PeftbenchError
 from peftbench.evaluation.general_text import read_general_text
-from peftbench.evaluation.metrics.selection import check_metrics
+from peftbench.evaluation.metrics.selection import check_metrics, generates_text
 from peftbench.profiler.energy import build_energy_meter
 from peftbench.profiler.instruments import StepInstruments, build_instruments
 from peftbench.profiler.probe import Probe
@@ -172,7 +172,7 @@ class Run:
         trained_dir = self._find_trained_model()
         if recipe.method.needs_trial:
             with probe.phase("try"):
-                check_method(recipe, self.accelerator.device)
+                check_method(recipe, self.accelerator.device, generates_text=generates_text(recipe))
         with probe.phase("load"):
             base_model = load_base_model(recipe) if trained_dir is None else load_trained_base(state, trained_dir)
         with probe.phase("build"):

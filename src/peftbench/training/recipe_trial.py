@@ -10,7 +10,6 @@ import torch
 
 from peftbench.common.dtypes import TORCH_DTYPES, get_autocast_dtype
 from peftbench.errors import UnsupportedModelError
-from peftbench.evaluation.metrics.selection import generates_text
 from peftbench.methods.small_copy import identify
 from peftbench.modeling.frozen_weights import convert_frozen_weights
 from peftbench.modeling.loading import load_base_weights, load_config
@@ -42,7 +41,7 @@ _PROMPT_LENGTHS, _NEW_TOKENS = (6, 3), 3
 _problems: dict[tuple[str, ...], str | None] = {}
 
 
-def check_method(recipe: Recipe, device: torch.device) -> None:
+def check_method(recipe: Recipe, device: torch.device, *, generates_text: bool) -> None:
     """Try the recipe's method on its architecture and ``device``, and check the recipe's settings, before loading.
 
     Raises:
@@ -50,7 +49,10 @@ def check_method(recipe: Recipe, device: torch.device) -> None:
         ModelError, HubUnreachableError: the model's config cannot be read.
     """
     config = load_config(recipe.model)
-    try_recipe(recipe, config)
+    trial = try_recipe(recipe, config)
+    if generates_text and recipe.method.needs_trial:
+        problem = _find_once(recipe, config, ("generation",), lambda: _check_generation(recipe, config, trial))
+        _raise_if_refused(recipe, config, "generation (evaluate.metrics)", "evaluate.metrics=[]", problem)
     precision = recipe.train.resolved_precision
     if recipe.method.needs_trial and precision != "fp32":
         key = (precision, recipe.frozen_dtype, str(recipe.model.quantization), device.type)
@@ -72,9 +74,6 @@ def try_recipe(recipe: Recipe, config: PreTrainedConfig) -> Trial:
         problem = _find_once(recipe, config, (quantization,), lambda: _check_quantized(recipe, config, trial))
         setting = f"model.quantization={quantization}"
         _raise_if_refused(recipe, config, setting, "model.quantization=null", problem)
-    if generates_text(recipe):
-        problem = _find_once(recipe, config, ("generation",), lambda: _check_generation(recipe, config, trial))
-        _raise_if_refused(recipe, config, "generation (evaluate.metrics)", "evaluate.metrics=[]", problem)
     return trial
 
 
