@@ -21,8 +21,10 @@ DRAWS_NOISE = {"PVERA"}
 
 UNSUPPORTED = {("zero2", "ADALORA")}
 """It reads gradients after the optimizer's step, but DeepSpeed has deleted them by then."""
+FAST = ("ddp", "OFT")
+"""A point of the fast suite; one, since each worker of pytest launches the runs of its tests."""
 POINTS = [
-    (engine, name)
+    pytest.param(engine, name, marks=() if (engine, name) == FAST else pytest.mark.slow)
     for engine in ENGINES_OF_TYPES
     for name in (*ALL_TYPES, *COMPUTED)
     if (engine, name) not in UNSUPPORTED
@@ -57,7 +59,6 @@ def read_run(folder: Path) -> RunRecord:
     return record
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("engine", "name"), POINTS)
