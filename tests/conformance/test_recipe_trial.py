@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from peftbench.errors import UnsupportedModelError
+from peftbench.methods.base import Method
 from peftbench.recipe.loader import parse_recipe
 from peftbench.training.recipe_trial import check_method
 from tests.helpers.peft_types import ALL_TYPES, FAMILIES, build_method
@@ -51,4 +53,21 @@ def test_base_model_of_a_recipe_is_tried(name: str, base: str, tmp_path: Path) -
     setting, other = ("model.quantization", "null") if is_quantized else ("train.precision", "fp32")
     expected = rf"{setting}={base} does not work with method\.kind=\w+ on llama: .+; set {setting}={other}, or use"
     with pytest.raises(UnsupportedModelError, match=expected):
+        check_method(recipe, torch.device("cpu"), generates_text=True)
+
+
+def test_generation_that_ignores_padding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text after a prompt then depends on a longer prompt of its batch."""
+    generate = Method.generate
+
+    def ignore_mask(method: Method, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
+        return generate(method, model, ids, torch.ones_like(mask), **options)
+
+    monkeypatch.setattr(Method, "generate", ignore_mask)
+    monkeypatch.setattr("peftbench.training.recipe_trial._problems", {})
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    recipe = parse_recipe(RECIPE | {"model": {"path": str(tmp_path)}, "train": {"steps": 9, "precision": "fp32"}})
+    recipe = recipe.model_copy(update={"method": build_method("IA3")})
+    check_method(recipe, torch.device("cpu"), generates_text=False)
+    with pytest.raises(UnsupportedModelError, match=r"generation .* depends on the other prompts .*metrics=\[\]"):
         check_method(recipe, torch.device("cpu"), generates_text=True)
