@@ -111,6 +111,7 @@ class OutcomeHandler:
     def _run_to_outcome(self, run_stages: Callable[[], None]) -> Outcome:
         """Return the outcome of a run that succeeded, diverged, ran out of memory or was stopped; raise otherwise."""
         try:
+            self.shutdown_signal.resume()
             run_stages()
             self.shutdown_signal.defer()
         except DivergedError as error:

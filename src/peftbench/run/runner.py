@@ -115,6 +115,7 @@ class Run:
             raise
         accelerator = self.accelerator = context.accelerator
         device = accelerator.device
+        self.shutdown_signal.defer()  # the folder shows this run: from now on a stop ends it with a record
         self.status_writer = StatusWriter(self.run_dir.path, enabled=accelerator.is_main_process)
         self.status_writer.set_phase("starting")
         self.oom_handler = OomHandler(resolved_recipe, device, self.run_dir.path, accelerator.process_index)

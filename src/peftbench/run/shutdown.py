@@ -80,8 +80,17 @@ class ShutdownSignal:
             raise StopRequested(self.reason)
 
     def defer(self) -> None:
-        """Raise no more from now on, except on a second Ctrl-C: the record is being written."""
+        """Raise no more from now on, except on a second Ctrl-C, e.g. because the record is being written."""
         self._is_deferred = True
+
+    def resume(self) -> None:
+        """Raise on a stop request from now on; undoes :meth:`defer`.
+
+        Raises:
+            StopRequested: a stop was requested while requests were deferred.
+        """
+        self._is_deferred = False
+        self.raise_if_requested()
 
     def _handle_signal(self, signal_number: int, _frame: FrameType | None) -> None:
         _discard_output_to_lost_terminal(is_hangup=signal_number == signal.SIGHUP)

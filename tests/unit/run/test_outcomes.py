@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ from peftbench.modeling.loss import LabeledLogitsLoss
 from peftbench.optim import SGD
 from peftbench.record import RunRecord, read_record
 from peftbench.run.runner import Run
+from peftbench.run.shutdown import ShutdownSignal
 from peftbench.run_dir.saved_model import has_model_of
+from peftbench.run_dir.status import StatusWriter
 from tests.helpers.methods import every_method
 from tests.helpers.workshop import Workshop
 
@@ -226,6 +229,19 @@ def test_interrupt_is_recorded(workshop: Workshop, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(LabeledLogitsLoss, "__call__", fail_from_call(3, raise_error(KeyboardInterrupt())))
     record = workshop.run(workshop.recipe(Full()))
     assert (record.outcome.kind, record.outcome.phase, record.outcome.step) == ("preempted", "train", 3)
+
+
+def test_signal_while_a_run_starts_is_recorded(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the moment when the folder shows the run, a stop request ends it with a record."""
+    shutdown_signal = ShutdownSignal()
+
+    def receive_signal(_writer: StatusWriter, phase: str) -> None:
+        if phase == "starting":
+            shutdown_signal._handle_signal(signal.SIGTERM, None)
+
+    monkeypatch.setattr(StatusWriter, "set_phase", receive_signal)
+    record, _ = Run(workshop.recipe(Full()), shutdown_signal).execute()
+    assert (record.outcome.kind, record.outcome.error) == ("preempted", "stopped by SIGTERM")
 
 
 @pytest.mark.parametrize("method", [ZeroShot(), Lead(sentences=1)], ids=["zero_shot", "lead"])

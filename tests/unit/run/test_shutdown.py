@@ -64,6 +64,18 @@ def test_signal_while_the_record_is_written_is_deferred(shutdown_signal: Shutdow
     assert shutdown_signal.reason == "SIGTERM"
 
 
+def test_resume_raises_a_deferred_request(shutdown_signal: ShutdownSignal) -> None:
+    """A request that came while requests were deferred is raised at once, and later ones immediately."""
+    shutdown_signal.defer()
+    shutdown_signal.resume()
+    shutdown_signal.defer()
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(StopRequested):
+        shutdown_signal.resume()
+    with pytest.raises(StopRequested):
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_training_without_a_request_ends_normally(shutdown_signal: ShutdownSignal) -> None:
     """Nothing is raised and there is no reason."""
     with shutdown_signal.defer_to_step_end():
