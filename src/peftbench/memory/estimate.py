@@ -11,14 +11,13 @@ from peftbench.data.collate import Collator
 from peftbench.distributed.accelerator import build_combination
 from peftbench.distributed.compatibility import check
 from peftbench.errors import EstimateUnavailableError, PrecisionError
-from peftbench.evaluation.metrics.selection import generates_text
 from peftbench.memory.allocator import OutOfMemoryError
 from peftbench.memory.families import with_bundled_config
 from peftbench.memory.label_counts import LabelCount, count_labeled_tokens
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.plan import Plan, Verdict
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
-from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.memory.simulation.simulated_run import RunSize, simulate_run
 from peftbench.modeling.loading import get_max_positions, load_config
 from peftbench.training.data import build_layout
 
@@ -49,16 +48,17 @@ def estimate(
     accumulation, rows = compute_micro_batching(
         recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.dp_world_size
     )
-    unpaged = _replace_paged_optimizer(recipe)
-    simulation = MemorySimulation(
-        unpaged, facts.capability, accumulation, has_padding=rows > 1, launch_config=launch_config
-    )
-    width = _max_sequence_length(recipe, simulation.max_positions)
+    with with_bundled_config(recipe.model) as model_config:
+        width = _max_sequence_length(recipe, get_max_positions(load_config(model_config)))
     label_count = count_labeled_tokens(recipe, width)
-    labels = label_count.tokens
-    flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.dp_world_size), width, labels)
-    _simulate_phases(simulation, recipe, rows, width, labels)
-    events = list(simulation.memory_tracker.iter_events())
+    rows_per_step = max(1, recipe.train.global_batch_size // launch_config.dp_world_size)
+    run = simulate_run(
+        _replace_paged_optimizer(recipe),
+        facts.capability,
+        RunSize(rows, width, label_count.tokens, accumulation, rows_per_step),
+        launch_config,
+    )
+    events = run.events
     replay = replay_allocator(events, facts.device_type)
     context, workspaces = _to_int_range(facts.context), _to_int_range(facts.workspaces)
     overhead = (context[0] + workspaces[0], context[1] + workspaces[1])
@@ -77,7 +77,7 @@ def estimate(
         sequence_length=width,
         gradient_accumulation_steps=accumulation,
         evaluation_batch_size=recipe.evaluate.batch_size,
-        step_flops=simulation.counted_flops if flops is None else flops,
+        step_flops=run.step_flops,
         phase_peaks=replay.peak_by_phase,
         peak_phase=replay.peak_phase,
         reserved_bytes=replay.reserved_bytes,
@@ -88,7 +88,7 @@ def estimate(
         budget_bytes=budget_bytes,
         verdict=verdict,
         margin_bytes=margin,
-        notes=(*_build_notes(recipe, facts, width, label_count, paged_bytes), *simulation.notes),
+        notes=(*_build_notes(recipe, facts, width, label_count, paged_bytes), *run.notes),
     )
 
 
@@ -115,17 +115,6 @@ def _judge_budget(
         return None, None
     verdict = _decide_verdict(events, process, budget_bytes - other_bytes, budget_bytes, facts.device_type)
     return verdict, (budget_bytes - process[1], budget_bytes - process[0])
-
-
-def _simulate_phases(simulation: MemorySimulation, recipe: Recipe, rows: int, width: int, labels: int) -> None:
-    """Simulate training, evaluation and, if the recipe generates, generation."""
-    evaluate = recipe.evaluate
-    with simulation:
-        simulation.simulate_training(rows, width, labels)
-        simulation.simulate_evaluation(evaluate.batch_size, width, labels)
-        if generates_text(recipe):
-            num_sequences = evaluate.batch_size * evaluate.num_beams
-            simulation.simulate_generation(num_sequences, width - evaluate.max_new_tokens, evaluate.max_new_tokens)
 
 
 def _replace_paged_optimizer(recipe: Recipe) -> Recipe:

@@ -8,12 +8,12 @@ operation, so the event log is read after the step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peftbench.profiler.layer_tags import LayerTags
 from peftbench.profiler.memory import iter_tensors, local_shard
 
 MemoryCategory = Literal[
@@ -53,6 +54,8 @@ class _TrackedStorage:
 
     nbytes: int
     category: MemoryCategory = "temporaries"
+    layer: int | None = None
+    """Tag of the layer that allocated it."""
 
 
 @dataclass
@@ -83,6 +86,19 @@ class MemoryEvent:
     step_part: str | None
     is_after_mark: bool
     """True after the call of :meth:`MemoryTracker.mark`."""
+    layer: int | None = None
+    """Tag of the layer whose operation this is; None outside of layers."""
+
+
+class _LoggedEvent(NamedTuple):
+    """A change of a storage whose category may not be known yet."""
+
+    storage: _TrackedStorage
+    sign: int
+    """1 for an allocation, -1 for a release."""
+    operation: str
+    step_part: str | None
+    layer: int | None
 
 
 @dataclass(frozen=True)
@@ -119,10 +135,12 @@ class MemoryTracker(TorchDispatchMode):
         get_engine_buffers: Callable[[], EngineBuffers] = EngineBuffers,
         device_type: str | None = None,
         list_method_tensors: Callable[[], Iterable[torch.Tensor]] = tuple,
+        layers: LayerTags | None = None,
     ) -> None:
         """``get_engine_buffers`` is called on entry. Only storages on ``device_type`` are tracked, None for all.
 
         ``list_method_tensors`` returns the tensors that the method keeps between steps; a step may replace them.
+        ``layers`` tags the events of layers.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
@@ -134,13 +152,17 @@ class MemoryTracker(TorchDispatchMode):
         self.list_method_tensors = list_method_tensors
         self._live_storages: dict[int, _TrackedStorage] = {}
         self._release_watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._event_log: list[tuple[_TrackedStorage, int, str, str | None]] = []
-        """(storage, +1 or -1, operation, part of the step), in the order of time."""
+        self.layers = layers or LayerTags()
+        self._event_log: list[_LoggedEvent] = []
+        """All changes in the order of time."""
         self._mark_index = 0
         self._forward_storages: dict[int, _TrackedStorage] = {}
         self._hooks: list[Any] = []
         self._patches = ExitStack()
         self._operation = ""
+        self._input_layer: int | None = None
+        """Tag of the running operation's inputs, for operations outside of layers."""
+        self._is_in_optimizer = False
         self._refresh = EngineBuffers().refresh
 
     def mark(self) -> None:
@@ -153,18 +175,17 @@ class MemoryTracker(TorchDispatchMode):
     def iter_events(self) -> Iterator[MemoryEvent]:
         """Yield all events in order of time."""
         numbers: dict[int, int] = {}
-        for index, (storage, sign, operation, part) in enumerate(self._event_log):
+        for index, (storage, sign, operation, part, layer) in enumerate(self._event_log):
             number = numbers.setdefault(id(storage), len(numbers))
-            yield MemoryEvent(
-                number, storage.nbytes, sign > 0, storage.category, operation, part, index >= self._mark_index
-            )
+            is_after_mark = index >= self._mark_index
+            yield MemoryEvent(number, storage.nbytes, sign > 0, storage.category, operation, part, is_after_mark, layer)
 
     def find_peak(self) -> MemoryPeak:
         """Return the peak of live bytes after the mark."""
         by_category: dict[str, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
         best = MemoryPeak(0, dict(by_category), "", None)
         total = 0
-        for index, (storage, sign, operation, part) in enumerate(self._event_log):
+        for index, (storage, sign, operation, part, _) in enumerate(self._event_log):
             by_category[storage.category] += sign * storage.nbytes
             total += sign * storage.nbytes
             if total > best.nbytes and index >= self._mark_index:
@@ -181,7 +202,7 @@ class MemoryTracker(TorchDispatchMode):
         for category, tensor in buffers.tensors:
             self._track(tensor, category)
         for category, size in buffers.untracked_bytes:
-            self._event_log.append((_TrackedStorage(size, category), 1, self._operation, self.get_step_part()))
+            self._log(_TrackedStorage(size, category), 1)
         for parameter in (*self.model.parameters(), *buffers.gathered):
             if parameter.grad is not None:
                 self._track(local_shard(parameter.grad), "gradients")
@@ -189,6 +210,10 @@ class MemoryTracker(TorchDispatchMode):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._track_parameter_gradient))
         if buffers.inner_optimizer is not None:
             self._hooks.append(buffers.inner_optimizer.register_step_pre_hook(self._track_optimizer_gradients))
+        if self.layers:
+            self._hooks += self.layers.register_hooks()
+            self._hooks.append(self.optimizer.register_step_pre_hook(partial(self._set_in_optimizer, True)))
+            self._hooks.append(self.optimizer.register_step_post_hook(partial(self._set_in_optimizer, False)))
         self._track_optimizer_state()
         for parameter in buffers.gathered:
             self._track(parameter, "gathered_weights")
@@ -217,10 +242,32 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         is_weight_copy = self._is_weight_copy(func, args)
         is_forward = self.get_step_part() == "forward" or (backward and torch.is_grad_enabled())
-        for tensor in tree_leaves(result):
+        results = tree_leaves(result)
+        items = args[0] if args and isinstance(args[0], (list, tuple)) else None
+        is_itemwise = items is not None and len(items) == len(results)
+        self._input_layer = None if items is not None else self._find_input_layer(args)
+        for index, tensor in enumerate(results):
             if isinstance(tensor, torch.Tensor):
+                if is_itemwise:
+                    self._input_layer = self._find_input_layer([items[index]])
                 self._track_result(tensor, is_weight_copy=is_weight_copy, is_forward=is_forward)
+        if items is not None:
+            self._input_layer = None  # what is released from now on belongs to no single item
         return result
+
+    def _find_input_layer(self, inputs: Sequence[Any]) -> int | None:
+        """Return the tag of the first input that has one; None within layers, whose operations need no inputs' tags."""
+        if not self.layers or self.layers.running is not None:
+            return None
+        return next((tag for tag in map(self._find_layer, inputs) if tag is not None), None)
+
+    def _find_layer(self, tensor: object) -> int | None:
+        """Return the tag of a tracked tensor, or of the first one in a list."""
+        if isinstance(tensor, (list, tuple)):
+            tensor = tensor[0] if tensor else None
+        storage = _get_storage(tensor) if isinstance(tensor, torch.Tensor) else None
+        tracked = self._live_storages.get(storage._cdata) if storage is not None else None
+        return None if tracked is None else tracked.layer
 
     def _track_result(self, tensor: torch.Tensor, *, is_weight_copy: bool, is_forward: bool) -> None:
         storage = self._track(tensor, "weight_copies" if is_weight_copy else "temporaries")
@@ -279,9 +326,11 @@ class MemoryTracker(TorchDispatchMode):
         groups = (
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         )
-        for state in (*self.optimizer.state.values(), *groups):
+        for parameter, state in (*self.optimizer.state.items(), *((None, group) for group in groups)):
+            self._input_layer = self.layers.find(parameter)
             for tensor in iter_tensors(state.values()):
                 self._track(tensor, "optimizer_state")
+        self._input_layer = None
         for tensor in self.list_method_tensors():
             self._track(tensor, "optimizer_state")
 
@@ -294,11 +343,25 @@ class MemoryTracker(TorchDispatchMode):
         tracked = self._live_storages.get(key)
         if tracked is None:
             tracked = self._live_storages[key] = _TrackedStorage(storage.nbytes(), category)
-            self._event_log.append((tracked, 1, self._operation, self.get_step_part()))
+            self._log(tracked, 1, tensor)
             self._release_watches[key] = weakref.ref(storage, partial(self._on_release, key))
         elif category in {"gradients", "optimizer_state"}:
             tracked.category = category
         return tracked
+
+    def _log(self, storage: _TrackedStorage, sign: int, tensor: torch.Tensor | None = None) -> None:
+        part = self.get_step_part()
+        layer = self.layers.running
+        if layer is None and tensor is not None:
+            layer = self.layers.find(tensor)
+        if layer is None and part in {"optimizer", None} and (sign > 0 or self._is_in_optimizer):
+            layer = self._input_layer
+        if sign > 0:
+            storage.layer = layer
+        self._event_log.append(_LoggedEvent(storage, sign, self._operation, part, layer))
+
+    def _set_in_optimizer(self, value: bool, *_: object) -> None:
+        self._is_in_optimizer, self._input_layer = value, None
 
     def _build_tracked_resize(self) -> Callable[[torch.UntypedStorage, int], Any]:
         resize = torch.UntypedStorage.resize_
@@ -320,17 +383,17 @@ class MemoryTracker(TorchDispatchMode):
             self._release_watches[key] = weakref.ref(storage, partial(self._on_release, key))
         else:
             self._forward_storages.pop(id(before), None)
-            self._event_log.append((before, -1, self._operation, self.get_step_part()))
+            self._log(before, -1)
         after = self._live_storages[key] = _TrackedStorage(
             storage.nbytes(), before.category if before else "temporaries"
         )
-        self._event_log.append((after, 1, self._operation, self.get_step_part()))
+        self._log(after, 1)
 
     def _on_release(self, key: int, _: object) -> None:
         storage = self._live_storages.pop(key)
         self._release_watches.pop(key, None)
         self._forward_storages.pop(id(storage), None)
-        self._event_log.append((storage, -1, self._operation, self.get_step_part()))
+        self._log(storage, -1)
 
 
 def _get_storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:

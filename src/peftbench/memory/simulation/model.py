@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftbench.memory.families import with_bundled_config
+from peftbench.memory.simulation.repeating_layers import keep_layers
 from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.load_checks import check_vocabulary, count_tokens_in_folder
 from peftbench.modeling.loading import LoadedModel, build_from_config, fuse_gelu, load_config, resolve_model_path
@@ -24,19 +26,25 @@ _BLOCK_SIZE, _NESTED_BLOCK_SIZE = 64, 256
 
 
 def build_meta_model(
-    model_config: Model, compute_dtype: torch.dtype, weight_dtype: torch.dtype = torch.float32
+    model_config: Model,
+    compute_dtype: torch.dtype,
+    weight_dtype: torch.dtype = torch.float32,
+    *,
+    kept_layers: Sequence[int] | None = None,
 ) -> LoadedModel:
     """Build the model as :func:`peftbench.modeling.loading.load_model` does, from its config alone.
 
     ``compute_dtype`` is the dtype of computation with quantized weights, and ``weight_dtype`` that in which weights are
     loaded before they are quantized. Unquantized weights are float32 until the method is applied. The result has no
-    tokenizer.
+    tokenizer. With ``kept_layers`` the model has only the layers with these indices.
 
     Raises:
         ModelNotFoundError, HubUnreachableError, UnsupportedModelError: as ``load_model``.
     """
     with with_bundled_config(model_config) as local_config, torch.device("meta"):
         config = load_config(local_config)
+        if kept_layers is not None:
+            keep_layers(config, kept_layers)
         quantization = build_quantization_config(local_config, config, compute_dtype)
         dtype = get_dequantized_dtype(config, weight_dtype)  # building the model sets the config's dtype
         model = build_from_config(local_config, config)

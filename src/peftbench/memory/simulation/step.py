@@ -27,16 +27,19 @@ from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.sharding import unshard_root
 from peftbench.errors import EstimateUnavailableError
 from peftbench.evaluation.metrics.selection import generates_text
+from peftbench.memory.families import with_bundled_config
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.simulation.device import DeviceEmulation
 from peftbench.memory.simulation.fake_accelerator import FakeAccelerator
 from peftbench.memory.simulation.model import build_meta_model
+from peftbench.memory.simulation.repeating_layers import KeptLayers, list_layers
 from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.modeling.loading import load_config
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
+from peftbench.profiler.layer_tags import LayerTags
 from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
 from peftbench.training.build import (
     TrainingComponents,
@@ -49,7 +52,7 @@ from peftbench.training.build import (
 from peftbench.training.data import build_collator
 from peftbench.training.loop import train_step
 from peftbench.training.method_hooks import MethodHooks
-from peftbench.training.trial import try_method
+from peftbench.training.trial import NO_TRIAL, Trial, try_method
 
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
@@ -90,8 +93,11 @@ class MemorySimulation:
         *,
         has_padding: bool = True,
         launch_config: LaunchConfig = SINGLE_PROCESS,
+        kept_layers: KeptLayers | None = None,
     ) -> None:
         """``num_micro_batches`` is per step and process; ``has_padding`` is True for rows of different lengths.
+
+        With ``kept_layers`` the model has only these layers, and the events of each have its tag.
 
         Raises:
             ModelError: the architecture is unknown.
@@ -107,10 +113,13 @@ class MemorySimulation:
         self.emulation = DeviceEmulation(
             device, get_autocast_dtype(recipe.train.resolved_precision), has_padding=has_padding
         )
-        _check_plannable(recipe)
+        self._trial = _check_plannable(recipe)
         with imports_without_gc():  # imports the architecture's code and the method's library
             self.loaded_model = build_meta_model(
-                recipe.model, TORCH_DTYPES[recipe.train.resolved_precision], TORCH_DTYPES[get_loaded_dtype(recipe)]
+                recipe.model,
+                TORCH_DTYPES[recipe.train.resolved_precision],
+                TORCH_DTYPES[get_loaded_dtype(recipe)],
+                kept_layers=None if kept_layers is None else kept_layers.indices,
             )
             with self._track_method_modules(), self.emulation.patch_libraries():
                 if generates_text(recipe):
@@ -125,6 +134,8 @@ class MemorySimulation:
             enable_checkpointing(self.loaded_model.model, context_fn=context_fn)
         if device_type == "cpu":
             _move_plain_tensors_to_meta(self.model)
+        self.layers = list_layers(self.loaded_model.model)
+        self._layer_tags = None if kept_layers is None else LayerTags(self.layers, kept_layers.tags)
         self.step_parts = _StepPartTracker(self.emulation)
         self.original_forward = self.model.forward
         self._flop_counter: FlopCounter | None = None
@@ -247,6 +258,7 @@ class MemorySimulation:
             ),
             device_type="meta" if self.device_type == "cuda" else None,  # for a GPU, host memory is not counted
             list_method_tensors=self.method_hooks.list_state_tensors,
+            layers=self._layer_tags,
         )
         self._contexts.enter_context(self.memory_tracker)
 
@@ -298,8 +310,7 @@ class MemorySimulation:
 
     def _build_flop_counter(self) -> FlopCounter | None:
         """Return a counter of a step's FLOPs if they have no closed form but can be counted; else None."""
-        trial = try_method(self.recipe.method, self.loaded_model.model.config)
-        is_needed = trial.flops_problem is not None and trial.flops_are_counted
+        is_needed = self._trial.flops_problem is not None and self._trial.flops_are_counted
         return FlopCounter(lambda: self.step_parts.current_part == "optimizer") if is_needed else None
 
     @property
@@ -321,7 +332,7 @@ class MemorySimulation:
 
     def step_flops(self, batch_size: int, sequence_length: int, labeled_tokens: int) -> int | None:
         """Return the FLOPs of a batch of (batch_size, sequence_length) tokens, None without a closed form."""
-        if try_method(self.recipe.method, self.loaded_model.model.config).flops_problem is not None:
+        if self._trial.flops_problem is not None:
             return None
         flop_units = self.collator.hardware_flop_units(
             self._build_micro_batch(batch_size, sequence_length, labeled_tokens)
@@ -413,21 +424,23 @@ class MemorySimulation:
             return batch.map(lambda tensor: tensor.to("meta")) if is_on_device else batch
 
 
-def _check_plannable(recipe: Recipe) -> None:
-    """Check that the recipe's method can be applied without values of weights.
+def _check_plannable(recipe: Recipe) -> Trial:
+    """Check that the recipe's method can be applied without values of weights; return the method's trial.
 
     Raises:
         EstimateUnavailableError: it cannot.
         UnsupportedModelError: it does not work on this architecture.
     """
     if not recipe.method.needs_trial:
-        return
-    trial = try_method(recipe.method, load_config(recipe.model))
+        return NO_TRIAL
+    with with_bundled_config(recipe.model) as model_config:
+        trial = try_method(recipe.method, load_config(model_config))
     if trial.meta_problem is not None:
         raise EstimateUnavailableError(
             f"the memory of method.kind={recipe.method.kind} cannot be planned without the values of the weights: "
             f"{trial.meta_problem}"
         )
+    return trial
 
 
 def _autocast_forward(model: nn.Module, emulation: DeviceEmulation) -> None:

@@ -1,0 +1,270 @@
+"""Extrapolate the events of a model with few equal units of layers to those of a model with any number of them.
+
+A step passes over the layers several times: in the forward pass, in the backward pass, and in an optimizer that updates
+one parameter after another. In each pass over four units, the events of unit 2 follow those of unit 1, or the other way
+round. They are repeated, with storages of their own, for each unit that was not simulated. All other events are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from peftbench.profiler.memory_breakdown import MemoryEvent
+
+NUM_UNITS = 4
+"""Units of the model whose events are extrapolated."""
+_FIRST, _LOWER, _REPEATED, _LAST = range(NUM_UNITS)
+"""Tags of the units. Unit 2 is repeated."""
+
+
+class UnequalLayersError(Exception):
+    """The events do not repeat from unit to unit."""
+
+
+def extrapolate_events(
+    events: Sequence[MemoryEvent], events_of_three: Sequence[MemoryEvent], num_units: int
+) -> list[MemoryEvent]:
+    """Return the events of a model with ``num_units`` units from those of models with four and with three units.
+
+    Events outside of layers may have sizes that grow linearly with the number of units.
+
+    Raises:
+        UnequalLayersError: the events of four units, reduced to three, are not those of the model with three.
+    """
+    runs = _group_by_unit(events)
+    growth = _compare_with_three_units(_Extrapolation(runs, NUM_UNITS - 1).build(), events_of_three)
+    expanded = _Extrapolation(runs, num_units).build()
+    added = num_units - NUM_UNITS
+    return [
+        replace(event, nbytes=event.nbytes + added * growth[id(source)]) if id(source) in growth else event
+        for event, source in expanded
+    ]
+
+
+def _compare_with_three_units(
+    reduced: Sequence[tuple[MemoryEvent, MemoryEvent]], events_of_three: Sequence[MemoryEvent]
+) -> dict[int, int]:
+    """Return how many bytes per unit an event grows, by the id of the event of four units; only those that grow."""
+    if len(reduced) != len(events_of_three):
+        raise UnequalLayersError(f"{len(reduced)} events instead of {len(events_of_three)}")
+    growth = {}
+    for (event, source), expected in zip(reduced, events_of_three, strict=True):
+        if replace(event, nbytes=expected.nbytes, layer=expected.layer) != expected:
+            raise UnequalLayersError(f"{event} instead of {expected}")
+        if event.nbytes != expected.nbytes:
+            if source.layer is not None:
+                raise UnequalLayersError(f"the size of a layer's storage depends on the number of layers: {event}")
+            growth[id(source)] = event.nbytes - expected.nbytes
+    return growth
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a storage was allocated: in which unit of which pass, as which of its allocations."""
+
+    layer_pass: int
+    unit: int
+    ordinal: int
+
+
+@dataclass
+class _Run:
+    """Consecutive events of one unit, or of none."""
+
+    unit: int | None
+    events: list[MemoryEvent]
+
+    @property
+    def is_middle(self) -> bool:
+        """True if it is a run of one of the units between the first and the last."""
+        return self.unit in (_LOWER, _REPEATED)
+
+
+def _group_by_unit(events: Sequence[MemoryEvent]) -> list[_Run]:
+    """Group events by the unit that runs, or by the unit of the storage where none runs.
+
+    Events between the runs of two neighbors belong to no unit. Events without a unit between two runs of the same
+    middle unit belong to it.
+    """
+    owners = {event.storage_id: event.layer for event in events if event.is_allocation}
+    merged: list[_Run] = []
+    for run in _assign_lone_releases(_split_by_unit(events, [event.layer for event in events]), owners):
+        if run.is_middle and len(merged) >= 2 and merged[-1].unit is None and merged[-2].unit == run.unit:
+            gap = merged.pop()
+            merged[-1].events += gap.events + run.events
+        elif merged and merged[-1].unit == run.unit:
+            merged[-1].events += run.events
+        else:
+            merged.append(run)
+    return merged
+
+
+def _assign_lone_releases(runs: list[_Run], owners: dict[int, int | None]) -> list[_Run]:
+    """Split runs without a unit by the units of their storages, unless they lie between two neighbors."""
+    assigned: list[_Run] = []
+    for index, run in enumerate(runs):
+        before = runs[index - 1].unit if index else None
+        after = runs[index + 1].unit if index + 1 < len(runs) else None
+        is_gap = before is not None and after is not None and abs(before - after) == 1
+        if run.unit is not None or is_gap:
+            assigned.append(run)
+        else:
+            assigned += _split_by_unit(run.events, [owners[event.storage_id] for event in run.events])
+    return assigned
+
+
+def _split_by_unit(events: Sequence[MemoryEvent], units: Sequence[int | None]) -> list[_Run]:
+    runs: list[_Run] = []
+    for event, unit in zip(events, units, strict=True):
+        if runs and runs[-1].unit == unit:
+            runs[-1].events.append(event)
+        else:
+            runs.append(_Run(unit, [event]))
+    return runs
+
+
+class _Extrapolation:
+    """Builds the events of a model with ``num_units`` units from the runs of a model with four."""
+
+    def __init__(self, runs: list[_Run], num_units: int) -> None:
+        self._runs, self._num_units = runs, num_units
+        self._copies = range(_REPEATED, num_units - 1)
+        """Numbers of the units of the result that repeat unit 2."""
+        self._output: list[tuple[MemoryEvent, MemoryEvent]] = []
+        """Events of the result, each with the event that it repeats."""
+        self._places: dict[int, _Place] = {}
+        """By storage: where it was allocated, if in a pass."""
+        self._storages: dict[_Place, int] = {}
+        self._signatures: dict[_Place, tuple[object, ...]] = {}
+        self._numbers: dict[object, int] = {}
+        """Number of each storage of the result, by its key in the input."""
+        self._last_unit: int | None = None
+        """The unit that ran last."""
+
+    def build(self) -> list[tuple[MemoryEvent, MemoryEvent]]:
+        """Return the events, each with the event that it repeats.
+
+        Raises:
+            UnequalLayersError: a middle unit has events that its neighbor lacks.
+        """
+        index = layer_pass = 0
+        while index < len(self._runs):
+            distance = self._find_neighbor(index)
+            if distance is None:
+                self._emit_run(self._runs[index])
+                index += 1
+            else:
+                index = self._emit_pass(index, distance, layer_pass)
+                layer_pass += 1
+        return self._output
+
+    def _emit_run(self, run: _Run) -> None:
+        if run.unit is not None and run.events[0].layer is not None:
+            self._last_unit = run.unit
+        if run.is_middle and not self._is_edge(run):
+            raise UnequalLayersError(f"events of unit {run.unit} without those of its neighbor: {run.events[0]}")
+        self._emit(run.events, run.unit)
+
+    def _is_edge(self, run: _Run) -> bool:
+        """True if the run only releases storages of a middle unit after the unit at that end of the model ran."""
+        neighbor = _FIRST if run.unit == _LOWER else _LAST
+        return self._last_unit == neighbor and all(
+            event.layer is None and not event.is_allocation for event in run.events
+        )
+
+    def _find_neighbor(self, index: int) -> int | None:
+        """Return how many runs after ``index`` the other middle unit follows, None if no pass starts here."""
+        if not self._runs[index].is_middle:
+            return None
+        neighbor = _LOWER + _REPEATED - (self._runs[index].unit or 0)
+        following = [run.unit for run in self._runs[index + 1 : index + 3]]
+        if following[:1] == [neighbor]:
+            return 1
+        return 2 if following == [None, neighbor] else None
+
+    def _emit_pass(self, index: int, distance: int, layer_pass: int) -> int:
+        """Emit the middle units of a pass, each with the gap to the next unit; return the index of the next run."""
+        is_ascending = self._runs[index].unit == _LOWER
+        first = [event for run in self._runs[index : index + distance] for event in run.events]
+        second = self._runs[index + distance].events
+        end = index + distance + 1
+        if [run.unit for run in self._runs[end : end + 2]] == [None, _LAST if is_ascending else _FIRST]:
+            second = second + self._runs[end].events
+            end += 1
+        lower, repeated = (first, second) if is_ascending else (second, first)
+        self._register_last_unit(index, end, layer_pass, is_ascending=is_ascending)
+        self._register(lower, _Place(layer_pass, _LOWER, 0))
+        self._register(repeated, _Place(layer_pass, _REPEATED, 0))
+        if is_ascending:
+            self._emit(lower, _LOWER)
+        for copy in self._copies if is_ascending else reversed(self._copies):
+            self._emit(repeated, _REPEATED, copy)
+        if not is_ascending:
+            self._emit(lower, _LOWER)
+        return end
+
+    def _register_last_unit(self, start: int, end: int, layer_pass: int, *, is_ascending: bool) -> None:
+        """Register the last unit's run of a pass: the repeated unit may release storages of its upper neighbor."""
+        neighbors = self._runs[end : end + 2] if is_ascending else self._runs[max(0, start - 2) : start][::-1]
+        for run in neighbors:
+            if run.unit == _LAST:
+                self._register(run.events, _Place(layer_pass, _LAST, 0))
+            if run.unit is not None:
+                return
+
+    def _register(self, events: Sequence[MemoryEvent], place: _Place) -> None:
+        """Register where the storages of these events are allocated, from ``place`` on."""
+        for event in events:
+            if event.is_allocation:
+                self._places[event.storage_id] = place
+                self._storages[place] = event.storage_id
+                self._signatures[place] = (event.nbytes, event.category, event.operation)
+                place = replace(place, ordinal=place.ordinal + 1)
+
+    def _emit(self, events: Sequence[MemoryEvent], unit: int | None, copy: int | None = None) -> None:
+        for event in events:
+            key = self._find_key(event, unit, copy)
+            if event.is_allocation == (key in self._numbers):
+                problem = "allocated twice" if event.is_allocation else "released before it is allocated"
+                raise UnequalLayersError(f"a storage is {problem}: {event}")
+            number = self._numbers.setdefault(key, len(self._numbers))
+            self._output.append((replace(event, storage_id=number), event))
+
+    def _find_key(self, event: MemoryEvent, unit: int | None, copy: int | None) -> object:
+        """Return the key of the storage that an event concerns in the result; ``copy``: in that copy of unit 2."""
+        place = self._places.get(event.storage_id)
+        if place is None:
+            if copy is not None:
+                raise UnequalLayersError(f"a middle unit releases a storage of the first or last unit: {event}")
+            return event.storage_id
+        if copy is not None:
+            return self._find_key_in_copy(event, place, copy)
+        if place.unit == _LAST:
+            return event.storage_id
+        if place.unit == _LOWER:
+            return place
+        if self._copies:
+            return place, _REPEATED if unit == _LOWER else self._num_units - 2
+        twin = replace(place, unit=_LAST if unit == _LOWER else _LOWER)  # with three units there is no unit 2
+        self._check_twins(place, twin)
+        return self._storages[twin] if unit == _LOWER else twin
+
+    def _find_key_in_copy(self, event: MemoryEvent, place: _Place, copy: int) -> object:
+        """Return the key of a storage of the copy itself, or of its lower or upper neighbor."""
+        if place.unit == _REPEATED:
+            return place, copy
+        twin = replace(place, unit=_REPEATED)
+        if place.unit == _LAST:
+            if copy == self._num_units - 2:
+                return event.storage_id
+            self._check_twins(place, twin)
+            return twin, copy + 1
+        if copy == _REPEATED:
+            return place
+        self._check_twins(place, twin)
+        return twin, copy - 1
+
+    def _check_twins(self, place: _Place, twin: _Place) -> None:
+        if self._signatures.get(twin) != self._signatures[place]:
+            raise UnequalLayersError(f"units have different storages: {self._signatures[place]}")

@@ -1,0 +1,147 @@
+"""Simulate the phases of a run, with a few layers where the layers repeat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftbench.evaluation.metrics.selection import generates_text
+from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
+from peftbench.memory.simulation.layer_expansion import NUM_UNITS, UnequalLayersError, extrapolate_events
+from peftbench.memory.simulation.repeating_layers import LayerPattern, describe_module, find_pattern
+from peftbench.memory.simulation.step import MemorySimulation
+
+if TYPE_CHECKING:
+    from peftbench.distributed.device_capability import DeviceCapability
+    from peftbench.memory.simulation.repeating_layers import KeptLayers
+    from peftbench.profiler.memory_breakdown import MemoryEvent
+    from peftbench.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """Sizes of a run's batches."""
+
+    rows: int
+    """Rows of a micro-batch."""
+    sequence_length: int
+    """Tokens of a row, padding included."""
+    labeled_tokens: int
+    """Labeled tokens of a row."""
+    num_micro_batches: int
+    """Micro-batches of a step of one process."""
+    rows_per_step: int
+    """Rows of a step of one process."""
+
+
+@dataclass(frozen=True)
+class SimulatedRun:
+    """What one process of a run allocates and computes."""
+
+    events: list[MemoryEvent]
+    step_flops: int | None
+    """FLOPs of an optimizer step; None if unknown."""
+    notes: tuple[str, ...]
+    num_simulated_layers: int | None = None
+    """Layers that were simulated if not all were, and whose events were repeated; else None."""
+
+
+def simulate_run(
+    recipe: Recipe, device: DeviceCapability, size: RunSize, launch_config: LaunchConfig = SINGLE_PROCESS
+) -> SimulatedRun:
+    """Simulate training, evaluation and, if the recipe generates, generation.
+
+    Where the layers repeat, models with three and four units of layers are simulated and extrapolated.
+
+    Raises:
+        EstimateUnavailableError: the memory of some part of the recipe is not modeled; the message names the part.
+    """
+    whole = _Simulator(recipe, device, size, launch_config)
+    simulation = whole.build()
+    pattern = find_pattern(simulation.layers) if _may_repeat(recipe, launch_config, simulation) else None
+    if pattern is not None:
+        try:
+            return _simulate_few_layers(whole, simulation, pattern)
+        except UnequalLayersError:
+            simulation = whole.build()
+    flops = whole.count_flops(simulation)
+    events = whole.run(simulation)
+    return SimulatedRun(events, simulation.counted_flops if flops is None else flops, simulation.notes)
+
+
+def _may_repeat(recipe: Recipe, launch_config: LaunchConfig, simulation: MemorySimulation) -> bool:
+    """True unless the engine flattens the parameters of all layers, or the optimizer treats layers differently."""
+    has_all_layers = len(simulation.layers) == simulation.loaded_model.model.config.num_hidden_layers
+    return launch_config.is_single_process and has_all_layers and not recipe.optimizer.freezes_blocks
+
+
+@dataclass(frozen=True)
+class _Simulator:
+    """Builds and runs simulations of one run."""
+
+    recipe: Recipe
+    device: DeviceCapability
+    size: RunSize
+    launch_config: LaunchConfig
+
+    def build(self, kept_layers: KeptLayers | None = None) -> MemorySimulation:
+        """Build the model and apply the method."""
+        return MemorySimulation(
+            self.recipe,
+            self.device,
+            self.size.num_micro_batches,
+            has_padding=self.size.rows > 1,
+            launch_config=self.launch_config,
+            kept_layers=kept_layers,
+        )
+
+    def count_flops(self, simulation: MemorySimulation) -> int | None:
+        """Return the FLOPs of a step, None without a closed form."""
+        return simulation.step_flops(self.size.rows_per_step, self.size.sequence_length, self.size.labeled_tokens)
+
+    def run(self, simulation: MemorySimulation) -> list[MemoryEvent]:
+        """Simulate all phases and return their events."""
+        evaluate, width = self.recipe.evaluate, self.size.sequence_length
+        with simulation:
+            simulation.simulate_training(self.size.rows, width, self.size.labeled_tokens)
+            simulation.simulate_evaluation(evaluate.batch_size, width, self.size.labeled_tokens)
+            if generates_text(self.recipe):
+                num_sequences = evaluate.batch_size * evaluate.num_beams
+                simulation.simulate_generation(num_sequences, width - evaluate.max_new_tokens, evaluate.max_new_tokens)
+        return list(simulation.memory_tracker.iter_events())
+
+
+def _simulate_few_layers(simulator: _Simulator, whole: MemorySimulation, pattern: LayerPattern) -> SimulatedRun:
+    """Simulate models with three and four units and extrapolate; ``whole`` has all layers and is not run.
+
+    Raises:
+        UnequalLayersError: the events do not repeat.
+    """
+    events, flops = [], []
+    for num_units in (NUM_UNITS - 1, NUM_UNITS):
+        kept = pattern.keep_units(num_units)
+        simulation = simulator.build(kept)
+        _check_same_layers(simulation, whole, kept)
+        closed_form = simulator.count_flops(simulation)
+        events.append(simulator.run(simulation))
+        flops.append(simulation.counted_flops if closed_form is None else closed_form)
+    few, some = flops
+    added = pattern.num_units - NUM_UNITS
+    return SimulatedRun(
+        extrapolate_events(events[1], events[0], pattern.num_units),
+        None if few is None or some is None else some + added * (some - few),
+        whole.notes,
+        len(kept.indices),
+    )
+
+
+def _check_same_layers(few: MemorySimulation, whole: MemorySimulation, kept: KeptLayers) -> None:
+    """Check that a model with few layers has the same layers as the whole one.
+
+    Raises:
+        UnequalLayersError: the method or the architecture treats them differently.
+    """
+    expected = [whole.layers[index] for index in kept.indices]
+    for layer, original in zip(few.layers, expected, strict=True):
+        if describe_module(layer) != describe_module(original):
+            raise UnequalLayersError("a model with few layers has other layers")
