@@ -73,8 +73,7 @@ class EngineBuffers:
     """Called at each collective; returns buffers that the engine allocates again in each step."""
 
 
-@dataclass(frozen=True)
-class MemoryEvent:
+class MemoryEvent(NamedTuple):
     """A storage is allocated or released."""
 
     storage_id: int

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from peftbench.feature_cache.store import FeatureStore
     from peftbench.recipe.schema import Precision, Recipe
+    from peftbench.training.trial import Trial
 
 _SCHEDULER_TYPES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -151,21 +152,20 @@ def check_generation(recipe: Recipe, base: LoadedModel) -> list[str]:
     return [f"generation does not use these settings of the base model: {', '.join(settings)}"] if settings else []
 
 
-def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext) -> AdaptedModel:
-    """Apply the recipe's method to ``base``.
+def apply_method(
+    recipe: Recipe, base: LoadedModel, context: AcceleratorContext, trial: Trial | None = None
+) -> AdaptedModel:
+    """Apply the recipe's method to ``base``. ``trial`` is the method's trial on this architecture, if there was one.
 
     Raises:
         PeftbenchError: the recipe does not fit this model.
     """
-    trial = try_recipe(recipe, base.model.config)
+    trial = trial or try_recipe(recipe, base.model.config)
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
     notes = [*base.notes, *recipe.method.list_notes(base.model), *trial.list_notes(recipe), *describe_rate(recipe)]
     notes += _list_precision_notes(recipe, base)
     tensors_before = {id(tensor): tensor for tensor in _list_tensors(base.model)}
-    set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
-    model = recipe.method.apply(base.model, base.tokenizer)
-    if recipe.method.is_trainable:
-        recipe.optimizer.prepare_model(model)
+    model = add_method(recipe, base)
     frozen_part = recipe.method.get_frozen_part(model)  # found by a forward pass, while all weights are of one type
     _check_feature_cache(recipe, frozen_part)
     convert_frozen_weights(base.model, TORCH_DTYPES[recipe.frozen_dtype])
@@ -203,6 +203,19 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
         merges if recipe.method.keeps_base_frozen else None,
         frozen_part,
     )
+
+
+def add_method(recipe: Recipe, base: LoadedModel) -> nn.Module:
+    """Return the model with the method's parameters added and those frozen that are not trained.
+
+    Raises:
+        PeftbenchError: the recipe does not fit this model.
+    """
+    set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
+    model = recipe.method.apply(base.model, base.tokenizer)
+    if recipe.method.is_trainable:
+        recipe.optimizer.prepare_model(model)
+    return model
 
 
 def _list_precision_notes(recipe: Recipe, base: LoadedModel) -> list[str]:

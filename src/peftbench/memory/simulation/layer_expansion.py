@@ -8,7 +8,8 @@ round. They are repeated, with storages of their own, for each unit that was not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from peftbench.profiler.memory_breakdown import MemoryEvent
 
@@ -37,7 +38,7 @@ def extrapolate_events(
     expanded = _Extrapolation(runs, num_units).build()
     added = num_units - NUM_UNITS
     return [
-        replace(event, nbytes=event.nbytes + added * growth[id(source)]) if id(source) in growth else event
+        event._replace(nbytes=event.nbytes + added * growth[id(source)]) if id(source) in growth else event
         for event, source in expanded
     ]
 
@@ -50,7 +51,7 @@ def _compare_with_three_units(
         raise UnequalLayersError(f"{len(reduced)} events instead of {len(events_of_three)}")
     growth = {}
     for (event, source), expected in zip(reduced, events_of_three, strict=True):
-        if replace(event, nbytes=expected.nbytes, layer=expected.layer) != expected:
+        if event._replace(nbytes=expected.nbytes, layer=expected.layer) != expected:
             raise UnequalLayersError(f"{event} instead of {expected}")
         if event.nbytes != expected.nbytes:
             if source.layer is not None:
@@ -59,13 +60,12 @@ def _compare_with_three_units(
     return growth
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a storage was allocated: in which unit of which pass, as which of its allocations."""
+class _Place(NamedTuple):
+    """A storage that a unit allocates in a pass."""
 
-    layer_pass: int
+    kind: int
+    """Number of the allocation, the same in all units: which one of which pass, its size, category and operation."""
     unit: int
-    ordinal: int
 
 
 @dataclass
@@ -125,20 +125,25 @@ def _split_by_unit(events: Sequence[MemoryEvent], units: Sequence[int | None]) -
 
 
 class _Extrapolation:
-    """Builds the events of a model with ``num_units`` units from the runs of a model with four."""
+    """Builds the events of a model with ``num_units`` units from the runs of a model with four.
+
+    A storage of a middle unit is identified by its kind and the unit of the result, any other storage by its number in
+    the input.
+    """
 
     def __init__(self, runs: list[_Run], num_units: int) -> None:
         self._runs, self._num_units = runs, num_units
         self._copies = range(_REPEATED, num_units - 1)
-        """Numbers of the units of the result that repeat unit 2."""
+        """Units of the result that repeat unit 2."""
         self._output: list[tuple[MemoryEvent, MemoryEvent]] = []
         """Events of the result, each with the event that it repeats."""
+        self._kinds: dict[tuple[object, ...], int] = {}
         self._places: dict[int, _Place] = {}
-        """By storage: where it was allocated, if in a pass."""
-        self._storages: dict[_Place, int] = {}
-        self._signatures: dict[_Place, tuple[object, ...]] = {}
-        self._numbers: dict[object, int] = {}
-        """Number of each storage of the result, by its key in the input."""
+        """By storage of the input, if a middle or the last unit allocates it in a pass."""
+        self._storages_of_last: dict[int, int] = {}
+        """Storage of the last unit by its kind."""
+        self._numbers: dict[int, int] = {}
+        """Number of each storage of the result."""
         self._last_unit: int | None = None
         """The unit that ran last."""
 
@@ -194,13 +199,13 @@ class _Extrapolation:
             end += 1
         lower, repeated = (first, second) if is_ascending else (second, first)
         self._register_last_unit(index, end, layer_pass, is_ascending=is_ascending)
-        self._register(lower, _Place(layer_pass, _LOWER, 0))
-        self._register(repeated, _Place(layer_pass, _REPEATED, 0))
+        self._register(lower, layer_pass, _LOWER)
+        self._register(repeated, layer_pass, _REPEATED)
         if is_ascending:
             self._emit(lower, _LOWER)
-        for copy in self._copies if is_ascending else reversed(self._copies):
-            self._emit(repeated, _REPEATED, copy)
-        if not is_ascending:
+            self._emit_copies(repeated, self._copies)
+        else:
+            self._emit_copies(repeated, self._copies[::-1])
             self._emit(lower, _LOWER)
         return end
 
@@ -209,62 +214,56 @@ class _Extrapolation:
         neighbors = self._runs[end : end + 2] if is_ascending else self._runs[max(0, start - 2) : start][::-1]
         for run in neighbors:
             if run.unit == _LAST:
-                self._register(run.events, _Place(layer_pass, _LAST, 0))
+                self._register(run.events, layer_pass, _LAST)
             if run.unit is not None:
                 return
 
-    def _register(self, events: Sequence[MemoryEvent], place: _Place) -> None:
-        """Register where the storages of these events are allocated, from ``place`` on."""
+    def _register(self, events: Sequence[MemoryEvent], layer_pass: int, unit: int) -> None:
+        """Register the storages that a unit allocates in a pass."""
+        for ordinal, event in enumerate(event for event in events if event.is_allocation):
+            signature = (layer_pass, ordinal, event.nbytes, event.category, event.operation)
+            place = _Place(self._kinds.setdefault(signature, len(self._kinds)), unit)
+            self._places[event.storage_id] = place
+            if unit == _LAST:
+                self._storages_of_last[place.kind] = event.storage_id
+
+    def _emit(self, events: Sequence[MemoryEvent], unit: int | None) -> None:
+        """Emit events that are not repeated."""
         for event in events:
-            if event.is_allocation:
-                self._places[event.storage_id] = place
-                self._storages[place] = event.storage_id
-                self._signatures[place] = (event.nbytes, event.category, event.operation)
-                place = replace(place, ordinal=place.ordinal + 1)
+            place = self._places.get(event.storage_id)
+            if place is None or place.unit == _LAST:
+                key = -1 - event.storage_id
+            elif place.unit == _LOWER:
+                key = self._find_key(place.kind, _LOWER)
+            else:  # the unit above the second one, or the unit below the last one
+                key = self._find_key(place.kind, _REPEATED if unit == _LOWER else self._num_units - 2)
+            self._append(key, event)
 
-    def _emit(self, events: Sequence[MemoryEvent], unit: int | None, copy: int | None = None) -> None:
-        for event in events:
-            key = self._find_key(event, unit, copy)
-            if event.is_allocation == (key in self._numbers):
-                problem = "allocated twice" if event.is_allocation else "released before it is allocated"
-                raise UnequalLayersError(f"a storage is {problem}: {event}")
-            number = self._numbers.setdefault(key, len(self._numbers))
-            self._output.append((replace(event, storage_id=number), event))
+    def _emit_copies(self, events: Sequence[MemoryEvent], copies: Sequence[int]) -> None:
+        """Emit the events of the repeated unit for each of ``copies``."""
+        if not copies:
+            return
+        places = [self._places.get(event.storage_id) for event in events]
+        for copy in copies:
+            for event, place in zip(events, places, strict=True):
+                if place is None:
+                    raise UnequalLayersError(f"a middle unit releases a storage of the first or last unit: {event}")
+                kind, unit = place
+                self._append(self._find_key(kind, copy + unit - _REPEATED), event)
 
-    def _find_key(self, event: MemoryEvent, unit: int | None, copy: int | None) -> object:
-        """Return the key of the storage that an event concerns in the result; ``copy``: in that copy of unit 2."""
-        place = self._places.get(event.storage_id)
-        if place is None:
-            if copy is not None:
-                raise UnequalLayersError(f"a middle unit releases a storage of the first or last unit: {event}")
-            return event.storage_id
-        if copy is not None:
-            return self._find_key_in_copy(event, place, copy)
-        if place.unit == _LAST:
-            return event.storage_id
-        if place.unit == _LOWER:
-            return place
-        if self._copies:
-            return place, _REPEATED if unit == _LOWER else self._num_units - 2
-        twin = replace(place, unit=_LAST if unit == _LOWER else _LOWER)  # with three units there is no unit 2
-        self._check_twins(place, twin)
-        return self._storages[twin] if unit == _LOWER else twin
+    def _find_key(self, kind: int, unit: int) -> int:
+        """Return the key of the storage of this kind of a unit of the result."""
+        if unit < self._num_units - 1:
+            return kind * self._num_units + unit
+        if kind not in self._storages_of_last:
+            raise UnequalLayersError("the last unit lacks a storage that its neighbor has")
+        return -1 - self._storages_of_last[kind]
 
-    def _find_key_in_copy(self, event: MemoryEvent, place: _Place, copy: int) -> object:
-        """Return the key of a storage of the copy itself, or of its lower or upper neighbor."""
-        if place.unit == _REPEATED:
-            return place, copy
-        twin = replace(place, unit=_REPEATED)
-        if place.unit == _LAST:
-            if copy == self._num_units - 2:
-                return event.storage_id
-            self._check_twins(place, twin)
-            return twin, copy + 1
-        if copy == _REPEATED:
-            return place
-        self._check_twins(place, twin)
-        return twin, copy - 1
-
-    def _check_twins(self, place: _Place, twin: _Place) -> None:
-        if self._signatures.get(twin) != self._signatures[place]:
-            raise UnequalLayersError(f"units have different storages: {self._signatures[place]}")
+    def _append(self, key: int, event: MemoryEvent) -> None:
+        number = self._numbers.get(key)
+        if event.is_allocation == (number is not None):
+            problem = "allocated twice" if event.is_allocation else "released before it is allocated"
+            raise UnequalLayersError(f"a storage is {problem}: {event}")
+        if number is None:
+            number = self._numbers[key] = len(self._numbers)
+        self._output.append((MemoryEvent(number, *event[1:]), event))

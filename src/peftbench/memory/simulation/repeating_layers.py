@@ -71,12 +71,13 @@ def list_layers(model: nn.Module) -> list[nn.Module]:
 
 def find_pattern(layers: Sequence[nn.Module]) -> LayerPattern | None:
     """Return the pattern with the fewest layers in four units; None if there is none."""
-    signatures = [describe_module(layer) for layer in layers]
+    numbers: dict[Hashable, int] = {}
+    kinds = [numbers.setdefault(describe_module(layer), len(numbers)) for layer in layers]
     candidates = (
         (extra + 4 * period, extra, period)
         for period in range(1, _MAX_PERIOD + 1)
         for extra in range(len(layers) - 4 * period)
-        if signatures[extra:-period] == signatures[extra + period :]
+        if kinds[extra:-period] == kinds[extra + period :]
     )
     best = min(candidates, default=None)
     if best is None:

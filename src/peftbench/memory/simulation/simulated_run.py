@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from peftbench.evaluation.metrics.selection import generates_text
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.simulation.layer_expansion import NUM_UNITS, UnequalLayersError, extrapolate_events
 from peftbench.memory.simulation.repeating_layers import LayerPattern, describe_module, find_pattern
-from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.memory.simulation.step import MemorySimulation, build_layers, check_plannable
 
 if TYPE_CHECKING:
     from peftbench.distributed.device_capability import DeviceCapability
@@ -56,23 +57,40 @@ def simulate_run(
     Raises:
         EstimateUnavailableError: the memory of some part of the recipe is not modeled; the message names the part.
     """
-    whole = _Simulator(recipe, device, size, launch_config)
-    simulation = whole.build()
-    pattern = find_pattern(simulation.layers) if _may_repeat(recipe, launch_config, simulation) else None
+    simulator = _Simulator(recipe, device, size, launch_config)
+    pattern = find_layer_pattern(recipe, launch_config)
     if pattern is not None:
-        try:
-            return _simulate_few_layers(whole, simulation, pattern)
-        except UnequalLayersError:
-            simulation = whole.build()
-    flops = whole.count_flops(simulation)
-    events = whole.run(simulation)
+        with suppress(UnequalLayersError):
+            return _simulate_few_layers(simulator, pattern)
+    simulation = simulator.build()
+    flops = simulator.count_flops(simulation)
+    events = simulator.run(simulation)
     return SimulatedRun(events, simulation.counted_flops if flops is None else flops, simulation.notes)
 
 
-def _may_repeat(recipe: Recipe, launch_config: LaunchConfig, simulation: MemorySimulation) -> bool:
-    """True unless the engine flattens the parameters of all layers, or the optimizer treats layers differently."""
-    has_all_layers = len(simulation.layers) == simulation.loaded_model.model.config.num_hidden_layers
-    return launch_config.is_single_process and has_all_layers and not recipe.optimizer.freezes_blocks
+def find_layer_pattern(recipe: Recipe, launch_config: LaunchConfig = SINGLE_PROCESS) -> LayerPattern | None:
+    """Return how the layers of the recipe's model repeat; None if they do not, or not often enough to save work.
+
+    DeepSpeed and FSDP flatten the parameters of all layers, and LISA trains some layers only: there is no pattern.
+
+    Raises:
+        EstimateUnavailableError: the method cannot be planned.
+        PeftbenchError: the recipe does not fit this model.
+    """
+    if not launch_config.is_single_process or recipe.optimizer.freezes_blocks:
+        return None
+    check_plannable(recipe)
+    layers = build_layers(recipe)
+    pattern = find_pattern(layers)
+    if pattern is None:
+        return None
+    for num_units in (NUM_UNITS - 1, NUM_UNITS):
+        kept = pattern.keep_units(num_units)
+        few = build_layers(recipe, kept)
+        expected = [describe_module(layers[index]) for index in kept.indices]
+        if [describe_module(layer) for layer in few] != expected:  # e.g. a method that names layers by their index
+            return None
+    return pattern
 
 
 @dataclass(frozen=True)
@@ -111,8 +129,8 @@ class _Simulator:
         return list(simulation.memory_tracker.iter_events())
 
 
-def _simulate_few_layers(simulator: _Simulator, whole: MemorySimulation, pattern: LayerPattern) -> SimulatedRun:
-    """Simulate models with three and four units and extrapolate; ``whole`` has all layers and is not run.
+def _simulate_few_layers(simulator: _Simulator, pattern: LayerPattern) -> SimulatedRun:
+    """Simulate models with three and four units and extrapolate.
 
     Raises:
         UnequalLayersError: the events do not repeat.
@@ -121,7 +139,6 @@ def _simulate_few_layers(simulator: _Simulator, whole: MemorySimulation, pattern
     for num_units in (NUM_UNITS - 1, NUM_UNITS):
         kept = pattern.keep_units(num_units)
         simulation = simulator.build(kept)
-        _check_same_layers(simulation, whole, kept)
         closed_form = simulator.count_flops(simulation)
         events.append(simulator.run(simulation))
         flops.append(simulation.counted_flops if closed_form is None else closed_form)
@@ -130,18 +147,6 @@ def _simulate_few_layers(simulator: _Simulator, whole: MemorySimulation, pattern
     return SimulatedRun(
         extrapolate_events(events[1], events[0], pattern.num_units),
         None if few is None or some is None else some + added * (some - few),
-        whole.notes,
+        simulation.notes,
         len(kept.indices),
     )
-
-
-def _check_same_layers(few: MemorySimulation, whole: MemorySimulation, kept: KeptLayers) -> None:
-    """Check that a model with few layers has the same layers as the whole one.
-
-    Raises:
-        UnequalLayersError: the method or the architecture treats them differently.
-    """
-    expected = [whole.layers[index] for index in kept.indices]
-    for layer, original in zip(few.layers, expected, strict=True):
-        if describe_module(layer) != describe_module(original):
-            raise UnequalLayersError("a model with few layers has other layers")

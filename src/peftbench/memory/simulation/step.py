@@ -43,6 +43,7 @@ from peftbench.profiler.layer_tags import LayerTags
 from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
 from peftbench.training.build import (
     TrainingComponents,
+    add_method,
     apply_method,
     build_optimizer,
     check_generation,
@@ -52,10 +53,12 @@ from peftbench.training.build import (
 from peftbench.training.data import build_collator
 from peftbench.training.loop import train_step
 from peftbench.training.method_hooks import MethodHooks
-from peftbench.training.trial import NO_TRIAL, Trial, try_method
+from peftbench.training.recipe_trial import try_recipe
 
 if TYPE_CHECKING:
+    from peftbench.modeling.loading import LoadedModel
     from peftbench.recipe.schema import Recipe
+    from peftbench.training.trial import Trial
 
 LabelCounts = int | Sequence[int]
 
@@ -113,18 +116,13 @@ class MemorySimulation:
         self.emulation = DeviceEmulation(
             device, get_autocast_dtype(recipe.train.resolved_precision), has_padding=has_padding
         )
-        self._trial = _check_plannable(recipe)
+        self._trial = check_plannable(recipe)
         with imports_without_gc():  # imports the architecture's code and the method's library
-            self.loaded_model = build_meta_model(
-                recipe.model,
-                TORCH_DTYPES[recipe.train.resolved_precision],
-                TORCH_DTYPES[get_loaded_dtype(recipe)],
-                kept_layers=None if kept_layers is None else kept_layers.indices,
-            )
+            self.loaded_model = _build_base(recipe, kept_layers)
             with self._track_method_modules(), self.emulation.patch_libraries():
                 if generates_text(recipe):
                     check_generation(recipe, self.loaded_model)
-                adapted = apply_method(recipe, self.loaded_model, context)
+                adapted = apply_method(recipe, self.loaded_model, context, self._trial)
         self.model, self.loss, self._method_notes = adapted.model, adapted.loss, adapted.notes
         self.method_hooks = MethodHooks.bind(recipe.method, adapted.model)
         self.collator = build_collator(recipe, adapted.loss, pad_token_id=0)
@@ -424,17 +422,38 @@ class MemorySimulation:
             return batch.map(lambda tensor: tensor.to("meta")) if is_on_device else batch
 
 
-def _check_plannable(recipe: Recipe) -> Trial:
-    """Check that the recipe's method can be applied without values of weights; return the method's trial.
+def build_layers(recipe: Recipe, kept_layers: KeptLayers | None = None) -> list[nn.Module]:
+    """Return the transformer layers of the recipe's model on the meta device, with the method added.
+
+    Raises:
+        PeftbenchError: the recipe does not fit this model.
+    """
+    with imports_without_gc():
+        base = _build_base(recipe, kept_layers)
+        # On the meta device no weights are initialized; some types of peft need values of their own weights.
+        with nullcontext() if recipe.method.needs_trial else torch.device("meta"):
+            add_method(recipe, base)
+    return list_layers(base.model)
+
+
+def _build_base(recipe: Recipe, kept_layers: KeptLayers | None) -> LoadedModel:
+    return build_meta_model(
+        recipe.model,
+        TORCH_DTYPES[recipe.train.resolved_precision],
+        TORCH_DTYPES[get_loaded_dtype(recipe)],
+        kept_layers=None if kept_layers is None else kept_layers.indices,
+    )
+
+
+def check_plannable(recipe: Recipe) -> Trial:
+    """Check that the recipe's method can be applied without values of weights; return its trial on the whole model.
 
     Raises:
         EstimateUnavailableError: it cannot.
-        UnsupportedModelError: it does not work on this architecture.
+        UnsupportedModelError: it does not work on this architecture, or not with the recipe's settings.
     """
-    if not recipe.method.needs_trial:
-        return NO_TRIAL
     with with_bundled_config(recipe.model) as model_config:
-        trial = try_method(recipe.method, load_config(model_config))
+        trial = try_recipe(recipe, load_config(model_config))
     if trial.meta_problem is not None:
         raise EstimateUnavailableError(
             f"the memory of method.kind={recipe.method.kind} cannot be planned without the values of the weights: "
