@@ -101,12 +101,12 @@ def _group_by_unit(events: Sequence[MemoryEvent]) -> list[_Run]:
 
 
 def _assign_lone_releases(runs: list[_Run], owners: dict[int, int | None]) -> list[_Run]:
-    """Split runs without a unit by the units of their storages, unless they lie between two neighbors."""
+    """Split runs without a unit by the units of their storages, unless they lie within a unit or between neighbors."""
     assigned: list[_Run] = []
     for index, run in enumerate(runs):
         before = runs[index - 1].unit if index else None
         after = runs[index + 1].unit if index + 1 < len(runs) else None
-        is_gap = before is not None and after is not None and abs(before - after) == 1
+        is_gap = before is not None and after is not None and abs(before - after) <= 1
         if run.unit is not None or is_gap:
             assigned.append(run)
         else:
