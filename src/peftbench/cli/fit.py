@@ -106,6 +106,7 @@ def fit(
     The exit code is 0 if something surely fits, else 1.
     """
     with cli_errors():
+        from peftbench.errors import RecipeError
         from peftbench.memory.model_fit.model_argument import find_model_argument
 
         facts = load_device_facts(device)
@@ -114,6 +115,8 @@ def fit(
         of_models = {"data": data, "max-length": max_length, "examples": examples, "price": price}
         of_recipes = {"techniques": techniques, "verify": verify or None, "largest-model": family, "config": config}
         options = TargetOptions(facts, device, budget, find_accelerate_file(accelerate), processes)
+        if not arguments and not config:
+            raise RecipeError("no model and no recipe was given", "pass e.g. Qwen/Qwen2.5-7B or recipes/demo/lora.yaml")
         if named is None:
             _refuse_options(of_models | {"write-suite": write_suite}, "a model; give one in place of the recipe")
             settings = RecipeFitOptions(arguments, config or [], techniques or _DEFAULT_TECHNIQUES, family, verify)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from peftbench.cli.options import print_progress, print_to_stderr
@@ -49,10 +51,9 @@ def print_model_fit(question: ModelFitOptions, options: TargetOptions, *, as_jso
     with open_model(question.model) as source:
         settings = _build_settings(question, source, options)
 
-        def build_target(method: FitMethod, recipe: Recipe) -> MemoryTarget:
-            return _select_launch(options, method).build_target(recipe)
-
-        answer = fit_model(settings, build_target, lambda title: print_progress(f"planning {title}"))
+        with TemporaryDirectory(prefix="peftbench-") as folder:
+            build_target = partial(_build_method_target, options, Path(folder))
+            answer = fit_model(settings, build_target, lambda title: print_progress(f"planning {title}"))
     print(answer.model_dump_json(indent=1) if as_json else format_model_fit(answer))
     if question.write_suite is not None:
         for line in write_fit_suite(answer, settings.request, question.write_suite):
@@ -71,13 +72,15 @@ def _check_files(question: ModelFitOptions) -> None:
         check_suite_folder(question.write_suite, question.model)
 
 
-def _select_launch(options: TargetOptions, method: FitMethod) -> TargetOptions:
-    """Return the options with the accelerate config of the method, if it has one; one process by default."""
-    from peftbench.distributed.accelerate_config import find_accelerate_config
+def _build_method_target(options: TargetOptions, folder: Path, method: FitMethod, recipe: Recipe) -> MemoryTarget:
+    """Return the target of a method; an engine of its own is copied to ``folder`` and has one process by default."""
+    from peftbench.memory.model_fit.engine_files import copy_engine_files
 
-    if method.engine is None:
-        return options
-    return replace(options, accelerate=find_accelerate_config(method.engine), processes=options.processes or 1)
+    if method.engine is not None:
+        processes = options.processes or 1
+        config = copy_engine_files(method.engine, folder, processes)
+        options = replace(options, accelerate=config, processes=processes)
+    return options.build_target(recipe)
 
 
 def _build_settings(question: ModelFitOptions, source: ModelSource, options: TargetOptions) -> FitSettings:
@@ -85,7 +88,6 @@ def _build_settings(question: ModelFitOptions, source: ModelSource, options: Tar
     from peftbench.memory.model_fit.examples import measure_examples
     from peftbench.memory.model_fit.method_search import FitSettings
     from peftbench.memory.model_fit.methods import FitRequest, build_any_recipe
-    from peftbench.memory.model_fit.model_argument import count_model_parameters
     from peftbench.modeling.loading import get_max_positions
 
     overrides = list(question.overrides)
@@ -100,7 +102,7 @@ def _build_settings(question: ModelFitOptions, source: ModelSource, options: Tar
         device_name=target.device_name,
         budget_bytes=target.required_budget,
         max_positions=get_max_positions(source.config),
-        parameters=count_model_parameters(recipe.model),
+        parameters=source.parameters,
         num_examples=question.num_examples,
         max_length=question.max_length,
         price_per_hour=question.price,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,6 @@ from peftbench.errors import (
     ModelNotFoundError,
     RecipeError,
     UnsupportedModelError,
-    did_you_mean,
 )
 from peftbench.memory.families import load_families, with_bundled_config
 from peftbench.modeling.model_folder import CONFIG_FILE
@@ -42,12 +42,12 @@ class ModelSource:
     config_path: str
     """The model whose config is read: ``path``, or a temporary folder with a copy of a config file."""
     config: PreTrainedConfig
-    has_files: bool
-    """False if only a config file was given, whose folder is not a model's."""
+    parameters: int
+    """Parameters of the model; a tied head is counted once."""
 
 
 def find_model_argument(arguments: Sequence[str]) -> tuple[str, list[str]] | None:
-    """Return the model and the overrides; None if the arguments name a recipe, or nothing.
+    """Return the model and the overrides; None if the arguments name a recipe or have overrides alone.
 
     A recipe ends in .yaml or .yml, or is the record of a run (.json). An override contains "=". Anything else is a
     model.
@@ -95,22 +95,11 @@ def open_model(argument: str) -> Iterator[ModelSource]:
     file = Path(argument)
     if not (argument.endswith(".json") and file.is_file()):
         name = _find_shipped_name(argument) or argument
-        yield ModelSource(name, name, _load_config(name), has_files=True)
+        yield ModelSource(name, name, *_read_model(name))
         return
     with TemporaryDirectory(prefix="peftbench-") as folder:
         shutil.copyfile(file, Path(folder) / CONFIG_FILE)
-        config = _load_config(folder, argument)
-        yield ModelSource(str(file.parent), folder, config, has_files=file.name == CONFIG_FILE)
-
-
-def count_model_parameters(model: Model) -> int:
-    """Return the parameters of a model, built without values; a tied head is counted once."""
-    import torch
-
-    from peftbench.memory.simulation.model import build_meta_model
-
-    base = build_meta_model(model.model_copy(update={"quantization": None}), torch.float32).model
-    return sum(parameter.numel() for parameter in base.parameters())
+        yield ModelSource(str(file.parent), folder, *_read_model(folder, argument))
 
 
 def _find_shipped_name(argument: str) -> str | None:
@@ -123,25 +112,37 @@ def _get_short_name(name: str) -> str:
     return name.rpartition("/")[2].lower()
 
 
+def _find_nearest_name(name: str) -> str:
+    """Return the shipped name that is most similar, compared without the owner."""
+    names = {_get_short_name(shipped): shipped for shipped in _list_shipped_names()}
+    return names[difflib.get_close_matches(_get_short_name(name), names, n=1, cutoff=0.0)[0]]
+
+
 def _list_shipped_names() -> list[str]:
     return [member.name for family in load_families().values() for member in family.members]
 
 
-def _load_config(path: str, argument: str | None = None) -> PreTrainedConfig:
-    """Return the config at ``path``; errors name ``argument`` instead of a temporary folder."""
+def _read_model(path: str, argument: str | None = None) -> tuple[PreTrainedConfig, int]:
+    """Return the config at ``path`` and the number of parameters, of a model that is built without values.
+
+    Errors name ``argument`` instead of a temporary folder.
+    """
+    import torch
+
+    from peftbench.memory.simulation.model import build_meta_model
     from peftbench.modeling.loading import load_config
     from peftbench.recipe.schema import Model
 
     try:
         with with_bundled_config(Model(path=path)) as model:
-            return load_config(model)
+            config = load_config(model)
+            base = build_meta_model(model, torch.float32).model
     except (HubUnreachableError, ModelNotFoundError) as error:
         if Path(path).exists():
             raise type(error)(_replace_path(error, path, argument)) from error
-        hint = did_you_mean(path, _list_shipped_names())
         raise type(error)(
             f"the config of {path!r} was not found in a folder, among the shipped configs or on the Hub",
-            f"give a folder, a config.json or another name ({hint})",
+            f"give a folder, a config.json or the name of a shipped config, e.g. {_find_nearest_name(path)}",
         ) from error
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
@@ -149,6 +150,7 @@ def _load_config(path: str, argument: str | None = None) -> PreTrainedConfig:
         ) from error
     except ModelError as error:
         raise type(error)(_replace_path(error, path, argument)) from error
+    return config, sum(parameter.numel() for parameter in base.parameters())
 
 
 def _replace_path(error: ModelError | HubUnreachableError, path: str, argument: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from peftbench.common.filesystem import write_atomically
-from peftbench.distributed.accelerate_config import find_accelerate_config
 from peftbench.errors import MissingFileError, OutputError
 from peftbench.memory.devices import load_devices
+from peftbench.memory.model_fit.engine_files import copy_engine_files
 from peftbench.memory.model_fit.methods import FIT_METHODS, GLOBAL_BATCH_SIZE, FitRequest
 from peftbench.modeling.model_folder import CONFIG_FILE
 from peftbench.recipe.loader import merge_configs
@@ -93,17 +92,17 @@ def _write_recipe(answer: FitAnswer, request: FitRequest, row: MethodFit, folder
         f"One row of {length} tokens: {row.plan.peak.allocated_bytes / _GIB:.2f} GiB at the peak, {least:.2f} to "
         f"{most:.2f} GiB of the process.",
         f"Largest micro-batch that surely fits: {largest} rows; longest context: {row.longest_context} tokens.",
-        f"Plan of this recipe: peftbench estimate {folder / row.name}.yaml {_format_target(answer, row)}",
+        f"Plan of this recipe: peftbench estimate {folder / row.name}.yaml {_format_target(answer, row, folder)}",
     ]
     _write_yaml(folder / f"{row.name}.yaml", header, {"extends": _COMMON_FILE, "name": row.name, **values})
 
 
-def _format_target(answer: FitAnswer, row: MethodFit) -> str:
+def _format_target(answer: FitAnswer, row: MethodFit, folder: Path) -> str:
     """Return the options of ``peftbench estimate`` for the device, the budget and the engine."""
     options = [f"--device {answer.device_name}"] if answer.device_name in load_devices() else []
     options.append(f"--budget {answer.budget_bytes // _MIB}MiB")
     if (engine := _get_engine(row)) is not None:
-        options.append(f"--accelerate {engine} --processes 1")
+        options.append(f"--accelerate {folder / engine}_accelerate.yaml")
     return " ".join(options)
 
 
@@ -118,7 +117,7 @@ def _write_suite_file(answer: FitAnswer, folder: Path, engine: str | None, rows:
     values: dict[str, Any] = {"name": folder.name, "recipes": [f"{row.name}.yaml" for row in rows]}
     if engine is not None:
         values["name"] = f"{folder.name}_{engine}"
-        values["accelerate"] = os.path.relpath(find_accelerate_config(engine), folder)
+        values["accelerate"] = copy_engine_files(engine, folder).name
     command = f"peftbench run {file}"
     _write_yaml(file, [f"Methods of {answer.model} that surely fit {answer.device_name}. Run: {command}"], values)
     return f"wrote {file}: {len(rows)} recipes; run them with: {command}"
