@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +10,21 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from peftbench.errors import HubUnreachableError, ModelNotFoundError, RecipeError, UnsupportedModelError
-from peftbench.memory.devices import UNKNOWN_DEVICE
+from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
 from peftbench.memory.families import load_families
+from peftbench.memory.launch_config import load_launch_config
+from peftbench.memory.model_fit.engine_files import copy_engine_files
+from peftbench.memory.model_fit.host_memory import compute_host_bytes
 from peftbench.memory.model_fit.method_search import MICRO_BATCH_SIZES
 from peftbench.memory.model_fit.methods import FIT_METHODS, FitRequest, build_any_recipe
 from peftbench.memory.model_fit.model_argument import find_model_argument, open_model
 from peftbench.memory.model_fit.plan_points import PlanPoints, Size, plan_at
 from peftbench.memory.plan import Plan
-from peftbench.memory.search import MemoryTarget
+from peftbench.memory.search import MemoryTarget, with_micro_batch
+from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.recipe.schema import Recipe
 from tests.helpers.models import llama_config
 
@@ -189,6 +195,40 @@ def test_plans_of_other_sizes_save_plans(monkeypatch: pytest.MonkeyPatch) -> Non
     assert points.find_largest_size([(rows, 4096) for rows in (2, 3)]) is None
     assert points.find_largest_size([(1, 1024), (2, 1024), (2, 2048)]) == (2, 2048)
     assert len(planner.planned) == before
+
+
+@pytest.mark.parametrize("name", ["full_zero2_offload", "full_zero3_offload"])
+def test_host_bytes_are_those_of_the_engine(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a simulated step, DeepSpeed's code creates the offloaded tensors in CPU memory; they are counted."""
+    llama_config(max_position_embeddings=512, hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
+    method = next(method for method in FIT_METHODS if method.name == name)
+    recipe = FitRequest(str(tmp_path), str(tmp_path)).build_recipe(method)
+    assert method.engine is not None
+    launch_file = copy_engine_files(method.engine, tmp_path / "configs")
+    launch_config = load_launch_config(launch_file, 1, with_micro_batch(recipe, 1))
+    counted: list[int] = []
+    leave = MemorySimulation.__exit__
+
+    def count_and_leave(simulation: MemorySimulation, *error: Any) -> None:
+        counted.append(_count_cpu_bytes())
+        leave(simulation, *error)
+
+    monkeypatch.setattr(MemorySimulation, "__exit__", count_and_leave)
+    before = _count_cpu_bytes()
+    plan_at(recipe, MemoryTarget(get_device_facts("a10g"), "a10g", GIB, launch_config), 1, 64)
+    with open_model(str(tmp_path)) as source:
+        computed = compute_host_bytes(recipe, launch_config, source.parameters)
+    assert computed == pytest.approx(counted[0] - before, rel=0.2)  # the rest is a buffer of one matrix
+
+
+def _count_cpu_bytes() -> int:
+    """Return the bytes of all tensors in CPU memory with at least 1,000 values; views count once."""
+    storages = {}
+    for value in gc.get_objects():
+        if type(value) in {torch.Tensor, torch.nn.Parameter} and value.device.type == "cpu" and value.numel() >= 1000:
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
 
 
 def test_plan_has_two_micro_batches_and_the_same_rows_in_evaluation(model: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from peftbench.errors import PeftbenchError
 from peftbench.memory.label_counts import LabelCount, with_label_count
 from peftbench.memory.model_fit.answer import FitAnswer, MethodFit, MicroBatchLimit
+from peftbench.memory.model_fit.host_memory import compute_host_bytes
 from peftbench.memory.model_fit.methods import FIT_METHODS, FitMethod, FitRequest
 from peftbench.memory.model_fit.plan_points import PlanPoints
 from peftbench.memory.model_fit.speed import Workload, describe_speed
@@ -136,6 +137,7 @@ def fit_method(method: FitMethod, recipe: Recipe, target: MemoryTarget, settings
         plan=plan,
         micro_batches=limits,
         longest_context=longest,
+        host_bytes=compute_host_bytes(recipe, target.launch_config, settings.parameters),
         speed=describe_speed(plan, target, precision, settings.workload),
         change=None if plan.verdict == "fits" else _find_change(points, plan, longest),
         num_plans=len(points.plans),

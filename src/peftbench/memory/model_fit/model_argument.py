@@ -26,7 +26,6 @@ from peftbench.recipe.arguments import split_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from peftbench.recipe.schema import Model
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 _CONFIG_KEYS = ("model_type", "architectures")
