@@ -10,7 +10,8 @@ from peftbench.cli.cache import cache
 from peftbench.cli.data import data
 from peftbench.cli.evaluate import evaluate
 from peftbench.cli.export import export
-from peftbench.cli.memory import estimate, fit
+from peftbench.cli.fit import fit
+from peftbench.cli.memory import estimate
 from peftbench.cli.renamed import CommandGroup
 from peftbench.cli.report import compare, report
 from peftbench.cli.show import show

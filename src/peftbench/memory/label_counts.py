@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftbench.data.encode import count_labels
@@ -23,6 +26,19 @@ class LabelCount(NamedTuple):
     """Clause for the plan's notes."""
 
 
+_known_count: ContextVar[LabelCount | None] = ContextVar("_known_count", default=None)
+
+
+@contextmanager
+def with_label_count(count: LabelCount) -> Iterator[None]:
+    """Plan rows with this number of labeled tokens: the data were read before, and are not read for each plan."""
+    token = _known_count.set(count)
+    try:
+        yield
+    finally:
+        _known_count.reset(token)
+
+
 def count_labeled_tokens(recipe: Recipe, sequence_length: int) -> LabelCount:
     """Return the most labeled tokens of a row of ``sequence_length`` tokens; its first token is never predicted.
 
@@ -33,6 +49,8 @@ def count_labeled_tokens(recipe: Recipe, sequence_length: int) -> LabelCount:
         return LabelCount(every, "this task labels every token")
     if recipe.data.label_padding:
         return LabelCount(every, "data.label_padding labels every token")
+    if (known := _known_count.get()) is not None:
+        return LabelCount(max(1, min(known.tokens, every)), known.source)
     longest = _find_most_labels(recipe)
     if longest is None:
         return LabelCount(every, "every token, since the data were not read")

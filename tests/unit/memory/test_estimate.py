@@ -242,6 +242,9 @@ def test_budget_below_the_weights_gives_a_plan(make_plan: Any) -> None:
         ("15.5 GiB", int(15.5 * 2**30)),
         ("1048576", 2**20),
         ("12gib", 12 * 2**30),
+        ("16 GB", 16 * 10**9),
+        ("15.5GiB", int(15.5 * 2**30)),
+        ("16384MB", 16384 * 10**6),
     ],
 )
 def test_parse_size_reads_units(text: str, size: int) -> None:
@@ -250,7 +253,7 @@ def test_parse_size_reads_units(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["much", "", "16GiBs", "-3GiB", "0", "16,384MiB", "15,5GiB", "80%", "16Gbit", "16GiB/2"]
+    "text", ["much", "lots", "-4GiB", "", "16GiBs", "-3GiB", "0", "16,384MiB", "15,5GiB", "80%", "16Gbit", "16GiB/2"]
 )
 def test_invalid_size_is_refused(text: str) -> None:
     """The error has an example of a valid size."""
