@@ -19,6 +19,7 @@ from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.plan import Plan, Verdict
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
 from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.memory.step_time import predict_time
 from peftbench.modeling.loading import get_max_positions, load_config
 from peftbench.training.data import build_layout
 
@@ -58,6 +59,7 @@ def estimate(
     labels = label_count.tokens
     flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.dp_world_size), width, labels)
     _simulate_phases(simulation, recipe, rows, width, labels)
+    step_time, no_time_reason = predict_time(simulation, facts, width)
     events = list(simulation.memory_tracker.iter_events())
     replay = replay_allocator(events, facts.device_type)
     context, workspaces = _to_int_range(facts.context), _to_int_range(facts.workspaces)
@@ -88,7 +90,12 @@ def estimate(
         budget_bytes=budget_bytes,
         verdict=verdict,
         margin_bytes=margin,
-        notes=(*_build_notes(recipe, facts, width, label_count, paged_bytes), *simulation.notes),
+        step_time=step_time,
+        notes=(
+            *_build_notes(recipe, facts, width, label_count, paged_bytes),
+            *simulation.notes,
+            *([no_time_reason] if no_time_reason else []),
+        ),
     )
 
 

@@ -38,6 +38,7 @@ from peftbench.modeling.loading import load_config
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
+from peftbench.timing.operations import OperationLog
 from peftbench.training.build import (
     TrainingComponents,
     apply_method,
@@ -126,6 +127,7 @@ class MemorySimulation:
         if device_type == "cpu":
             _move_plain_tensors_to_meta(self.model)
         self.step_parts = _StepPartTracker(self.emulation)
+        self.operation_log = OperationLog(lambda: self.step_parts.current_part, device_type)
         self.original_forward = self.model.forward
         self._flop_counter: FlopCounter | None = None
         self._contexts = ExitStack()
@@ -293,7 +295,7 @@ class MemorySimulation:
                 self._start_tracking()
             self._run_step(batches.pop())
             self.memory_tracker.mark()
-            with self._build_flop_counter() or nullcontext() as self._flop_counter:
+            with self._build_flop_counter() or nullcontext() as self._flop_counter, self.operation_log:
                 self._run_step(batches.pop())
 
     def _build_flop_counter(self) -> FlopCounter | None:
