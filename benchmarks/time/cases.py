@@ -21,7 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full, bf16": {"train": {"precision": "bf16"}},
     "full, 4 rows of 320": {"train": {"global_batch_size": 4}, "tokens": 2 * TOKENS},
     "lora": {"method": {"kind": "lora"}},
-    "lora, rank 64": {"method": {"kind": "lora", "r": 64, "alpha": 128}},
+    "lora, rank 64": {"method": {"kind": "lora", "r": 64, "lora_alpha": 128.0}},
     "lora, micro-batch 2": {"method": {"kind": "lora"}, "train": {"micro_batch_size": 2}},
     "lora, checkpointing": {"method": {"kind": "lora"}, "train": {"gradient_checkpointing": True}},
     "lora, bf16": {"method": {"kind": "lora"}, "train": {"precision": "bf16"}},

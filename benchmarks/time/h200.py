@@ -9,15 +9,17 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tabulate import tabulate
+from transformers import GPT2Config
 
 from peftbench.memory.devices import get_device_facts
-from peftbench.memory.families import with_bundled_config
 from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.memory.step_time import predict_time
 from peftbench.methods import METHODS
+from peftbench.methods.base import Method
 from peftbench.recipe.schema import Data, Evaluate, Model, Recipe, Train
 from peftbench.timing.prediction import StepTime
 
@@ -35,20 +37,28 @@ def predict(record: dict[str, Any]) -> StepTime:
         name=record["case"],
         output_dir="",
         model=Model(path="gpt2", dropout=spec["dropout"], dtype="fp32"),
-        method=METHODS[record["case"]](),
+        method=_read_method(record),
         data=Data(source={"kind": "synthetic"}, max_length=tokens),
         train=Train(steps=1, global_batch_size=rows, precision=spec["precision"]),
         evaluate=Evaluate(metrics=()),
     )
     facts = get_device_facts("h200")
-    with with_bundled_config(recipe.model) as model:
-        recipe = recipe.model_copy(update={"model": model})
+    with TemporaryDirectory() as folder:
+        GPT2Config().save_pretrained(folder)
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": folder})})
         with MemorySimulation(recipe, facts.capability, 1, has_padding=False) as simulation:
             simulation.simulate_training(rows, tokens, labels)
     step_time, reason = predict_time(simulation, facts, tokens)
     if step_time is None:
         raise SystemExit(reason)
     return step_time
+
+
+def _read_method(record: dict[str, Any]) -> Method:
+    """Return the method with the record's settings; defaults may have changed since."""
+    settings = dict(record["settings"]["method"])
+    kind = METHODS[settings.pop("kind")]
+    return kind(**{key: value for key, value in settings.items() if key in kind.model_fields})
 
 
 def main() -> int:
@@ -69,7 +79,9 @@ def main() -> int:
                 "measured": f"{measured[name]:,.0f}",
             }
         )
-    is_ordered = sorted(predicted, key=lambda name: predicted[name]) == sorted(measured, key=lambda name: measured[name])
+    is_ordered = sorted(predicted, key=lambda name: predicted[name]) == sorted(
+        measured, key=lambda name: measured[name]
+    )
     print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
     print(f"\norder: {'equal' if is_ordered else 'DIFFERENT'}; measured in the range: {'NO' if outside else 'yes'}")
     return int(outside or not is_ordered)

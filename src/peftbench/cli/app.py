@@ -46,7 +46,22 @@ def _read_global_options(
     """Accept options without a command."""
 
 
-for _command in (run, train, evaluate, export, submit, status, estimate, fit, calibrate, report, compare, show, data, cache):
+for _command in (
+    run,
+    train,
+    evaluate,
+    export,
+    submit,
+    status,
+    estimate,
+    fit,
+    calibrate,
+    report,
+    compare,
+    show,
+    data,
+    cache,
+):
     app.command(help=TRAIN_HELP if _command is train else None)(_command)
 
 

@@ -11,6 +11,8 @@ from peftbench.cli.options import print_to_stderr
 from peftbench.common.console import cli_errors
 
 if TYPE_CHECKING:
+    import torch
+
     from peftbench.memory.devices import DeviceFacts
     from peftbench.timing.figures import MeasuredFigures
 
@@ -34,13 +36,13 @@ def calibrate(device: _CalibratedDeviceOption = None, out: _CalibrationFileOptio
         from tqdm.auto import tqdm
 
         from peftbench.common.filesystem import write_atomically
-        from peftbench.timing.calibration import calibrate as measure
+        from peftbench.timing.calibration import measure_figures
 
         kind = _resolve_device(device)
         target = torch.device(kind)
         facts = _describe_device(target)
         with tqdm(desc="calibrating", unit="measurement", disable=None) as progress:
-            figures = measure(target, facts.torch_name, progress)
+            figures = measure_figures(target, facts.torch_name, progress)
         facts = facts.model_copy(update={"measured_speed": figures})
         write_atomically(out, facts.model_dump_json(indent=1) + "\n")
         print(_summarize(figures))
@@ -71,7 +73,7 @@ def _resolve_device(device: Literal["cpu", "cuda"] | None) -> Literal["cpu", "cu
     return device or ("cuda" if has_gpu else "cpu")
 
 
-def _describe_device(device: torch.device) -> DeviceFacts:  # type: ignore[name-defined]  # noqa: F821
+def _describe_device(device: torch.device) -> DeviceFacts:
     """Return the profile of the device without its speed; on a GPU with measured context and workspaces."""
     from peftbench.distributed.accelerator import read_cpu_name
     from peftbench.memory.devices import get_device_facts
@@ -81,7 +83,7 @@ def _describe_device(device: torch.device) -> DeviceFacts:  # type: ignore[name-
     return _measure_gpu(device)
 
 
-def _measure_gpu(device: torch.device) -> DeviceFacts:  # type: ignore[name-defined]  # noqa: F821
+def _measure_gpu(device: torch.device) -> DeviceFacts:
     """Return the GPU's profile: the known one, with context and workspaces measured if the driver reports them."""
     import torch
 

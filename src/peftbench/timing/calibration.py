@@ -101,7 +101,7 @@ class Progress(Protocol):
         """Count ``n`` more measurements."""
 
 
-def calibrate(
+def measure_figures(
     device: torch.device, machine: str, progress: Progress, sizes: CalibrationSizes | None = None
 ) -> MeasuredFigures:
     """Measure the figures of ``device``, with the number of threads that torch uses now."""
@@ -170,9 +170,7 @@ def _iter_product_jobs(
         yield lambda dims=dims, layout=layout, dtype=dtype: _measure_product(dims, layout, dtype, device)  # type: ignore[misc]
 
 
-def _measure_product(
-    dims: tuple[int, int, int, int], layout: str, dtype: str, device: torch.device
-) -> ProductPoint:
+def _measure_product(dims: tuple[int, int, int, int], layout: str, dtype: str, device: torch.device) -> ProductPoint:
     batch, m, n, k = dims
     multiply = torch.bmm if batch > 1 else torch.mm
 

@@ -15,7 +15,7 @@ ATTENTION_EFFICIENCY = (0.15, 0.6)
 BANDWIDTH_EFFICIENCY = (0.5, 0.9)
 """Share of the memory bandwidth that operations reach."""
 LAUNCH_SECONDS = (4e-6, 20e-6)
-"""Seconds in which Python, autograd and the driver launch one operation."""
+"""Seconds in which Python, autograd and the driver dispatch one operation."""
 LINK_BYTES_PER_SECOND = (8e9, 300e9)
 """Bytes per second that one process sends: PCIe 3.0 without peer access to NVLink of Hopper."""
 
@@ -31,13 +31,11 @@ class DataSheetFigures:
     basis: str = field(default="by data sheet figures, not measured")
 
     def estimate_operation(self, operation: Operation) -> SecondsRange:
-        """Return the slower of arithmetic and memory: minimum and maximum.
+        """Return the longer time of arithmetic and memory: minimum and maximum.
 
         Raises:
             MissingFigureError: the data sheet has no FLOP/s for the type of a product.
         """
-        if operation.kind == "metadata":
-            return 0.0, 0.0
         if operation.kind == "exchange":
             return operation.nbytes / LINK_BYTES_PER_SECOND[1], operation.nbytes / LINK_BYTES_PER_SECOND[0]
         slow, fast = (operation.nbytes / (self.bytes_per_second * share) for share in BANDWIDTH_EFFICIENCY)

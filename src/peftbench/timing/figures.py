@@ -125,7 +125,7 @@ class MeasuredFigures(_Frozen):
             if self.link_bytes_per_second is None:
                 raise MissingFigureError("the bandwidth between processes was not measured")
             return operation.nbytes / self.link_bytes_per_second
-        if operation.kind == "metadata" or not operation.nbytes:
+        if not operation.nbytes:
             return 0.0
         return _interpolate_seconds(self._traffic_table(classify_kernel(operation.name), operation.dtype), operation)
 

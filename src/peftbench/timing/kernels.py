@@ -98,7 +98,9 @@ KERNELS = (
     Kernel("fill", _one, torch.zeros_like),
     Kernel("activation", _one, lambda values: _ATEN.gelu(values, approximate="tanh")),
     Kernel("activation_backward", _two, lambda grad, values: _ATEN.gelu_backward(grad, values, approximate="tanh")),
-    Kernel("normalization", _norm_inputs, lambda values, *rest: torch.native_layer_norm(values, (_WIDTH,), *rest, 1e-5)),
+    Kernel(
+        "normalization", _norm_inputs, lambda values, *rest: torch.native_layer_norm(values, (_WIDTH,), *rest, 1e-5)
+    ),
     Kernel(
         "normalization_backward",
         _norm_backward_inputs,

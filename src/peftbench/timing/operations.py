@@ -75,7 +75,7 @@ class OperationLog(TorchDispatchMode):
         total = Counter(first)
         for counts in later[: accumulation - 1]:
             total.update(counts)
-        if repeated := accumulation - 1 - len(later):
+        if (repeated := accumulation - 1 - len(later)) > 0:
             last = later[-1] if later else first
             total.update({operation: count * repeated for operation, count in last.items()})
         total.update(self._after_micro_batches)
@@ -117,10 +117,13 @@ class OperationLog(TorchDispatchMode):
                 yield Operation(part, kind, name, _name_dtype(dtype), nbytes=nbytes, is_launched=False)
             return
         traffic = count_traffic(func, name, args, kwargs, result)
+        if func.namespace == "torch_attn":
+            yield _describe_packed_attention(part, func, name, args, kwargs, traffic.nbytes)
+            return
         flops = self._flop_counter.count_kernel_flops(func, args, kwargs, result)
         if not flops:
             yield Operation(part, kind, name, _name_dtype(traffic.dtype), nbytes=traffic.nbytes)
-        elif "attention" in name or func.namespace == "torch_attn":
+        elif "attention" in name:
             yield _describe_attention(part, func, name, args, kwargs, flops, traffic.nbytes)
         else:
             dims, layout, dtype = _describe_factors(name, args, flops)
@@ -133,11 +136,13 @@ def extrapolate(fewer: OperationCounts, more: OperationCounts, extra_layers: int
     ``fewer`` are the counts with one layer less than ``more``. A key that ``more`` lacks gets a negative count, so
     that totals of bytes, FLOPs and launches are exact.
     """
-    counts = {key: more.get(key, 0) + extra_layers * (more.get(key, 0) - fewer.get(key, 0)) for key in {**fewer, **more}}
+    counts = {
+        key: more.get(key, 0) + extra_layers * (more.get(key, 0) - fewer.get(key, 0)) for key in {**fewer, **more}
+    }
     return Counter({key: count for key, count in counts.items() if count})
 
 
-def count_flops(counts: Mapping[Operation, int]) -> int:
+def sum_flops(counts: Mapping[Operation, int]) -> int:
     """Return the FLOPs of products and attention."""
     return sum(operation.flops * count for operation, count in counts.items())
 
@@ -146,26 +151,42 @@ def _name_dtype(dtype: torch.dtype | None) -> str:
     return "" if dtype is None else _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _describe_attention(  # noqa: PLR0917
+def _describe_attention(
     part: str, func: Any, name: str, args: Any, kwargs: Any, flops: int, nbytes: int
 ) -> Operation:
     """Return the operation of a fused attention kernel, forward or backward."""
-    arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    arguments = _name_arguments(func, args, kwargs)
     query, key = arguments["query"], arguments["key"]
-    layout = "causal" if arguments.get("is_causal") or func.namespace == "torch_attn" else "full"
-    if query.dim() == 4:
-        rows, heads, queries, width = query.shape
-        dims = (rows * heads, queries, key.shape[2], width)
-    else:  # (positions, heads, width): sequences of different lengths in one row
-        positions, heads, width = query.shape
-        sequences = max(1, arguments["cu_seq_q"].shape[0] - 1)
-        dims = (sequences * heads, positions // sequences, key.shape[0] // sequences, width)
+    layout = "causal" if arguments.get("is_causal") else "full"
+    rows, heads, queries, width = query.shape
+    dims = (rows * heads, queries, key.shape[2], width)
     return Operation(part, "attention", name, _name_dtype(query.dtype), dims, layout, flops, nbytes)
 
 
-def _describe_factors(
-    name: str, args: Any, flops: int
-) -> tuple[tuple[int, int, int, int], str, torch.dtype | None]:
+def _describe_packed_attention(
+    part: str, func: Any, name: str, args: Any, kwargs: Any, nbytes: int
+) -> Operation:
+    """Return the operation of causal attention over sequences of equal length in one row.
+
+    On the meta device their lengths have no values.
+    """
+    arguments = _name_arguments(func, args, kwargs)
+    query, value = arguments["query"], arguments["value"]
+    positions, heads, width = query.shape
+    sequences = max(1, arguments["cu_seq_q"].shape[0] - 1)
+    length = positions // sequences
+    is_backward = "grad_out" in arguments
+    products = 3 * width + 2 * value.shape[-1] if is_backward else width + value.shape[-1]
+    flops = heads * sequences * length * (length + 1) * products
+    dims = (sequences * heads, length, length, width)
+    return Operation(part, "attention", name, _name_dtype(query.dtype), dims, "causal", flops, nbytes)
+
+
+def _name_arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+
+
+def _describe_factors(name: str, args: Any, flops: int) -> tuple[tuple[int, int, int, int], str, torch.dtype | None]:
     """Return (batch, m, n, k), layout and type of a product; for another kernel, a product of equal FLOPs and rows."""
     index = _TWO_FACTORS.get(name)
     tensors = [tensor for tensor in iter_tensors(args) if tensor.dim() >= 2]

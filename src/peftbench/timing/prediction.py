@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class StepTime(BaseModel):
-    """Predicted seconds of one optimizer step: minimum and maximum, equal if every figure was measured."""
+    """Predicted seconds of one optimizer step: minimum and maximum, equal on a calibrated CPU."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -21,8 +21,8 @@ class StepSize:
 def predict_step_time(counts: Mapping[Operation, int], figures: Figures, size: StepSize) -> StepTime:
     """Return the predicted time of a step of one process that runs ``counts``.
 
-    A GPU runs operations while the host launches later ones, so its step takes the longer of both. On a CPU the two
-    add up.
+    The host dispatches every operation, views too. On a CPU this adds to the time of the operations. A GPU runs
+    operations while the host dispatches later ones: at best the step takes the longer of both, at worst their sum.
 
     Raises:
         MissingFigureError: the figures do not cover an operation.
@@ -30,26 +30,18 @@ def predict_step_time(counts: Mapping[Operation, int], figures: Figures, size: S
     by_kind: dict[str, SecondsRange] = {}
     num_launches = 0
     for operation, count in counts.items():
-        low, high = figures.estimate_operation(operation)
-        before = by_kind.get(operation.kind, (0.0, 0.0))
-        by_kind[operation.kind] = before[0] + count * low, before[1] + count * high
-        num_launches += count * _is_launched(operation, overlaps_launches=figures.overlaps_launches)
-    by_kind.pop("metadata", None)
+        num_launches += count if operation.is_launched else 0
+        if operation.kind != "metadata":
+            low, high = figures.estimate_operation(operation)
+            before = by_kind.get(operation.kind, (0.0, 0.0))
+            by_kind[operation.kind] = before[0] + count * low, before[1] + count * high
     launches = num_launches * figures.launch_seconds[0], num_launches * figures.launch_seconds[1]
     busy = sum(low for low, _ in by_kind.values()), sum(high for _, high in by_kind.values())
-    if figures.overlaps_launches:
-        seconds = max(busy[0], launches[0]), max(busy[1], launches[1])
-    else:
-        seconds = busy[0] + launches[0], busy[1] + launches[1]
+    shortest = max(busy[0], launches[0]) if figures.overlaps_launches else busy[0] + launches[0]
     return StepTime(
-        seconds=seconds,
+        seconds=(shortest, busy[1] + launches[1]),
         seconds_by_kind={**by_kind, "launch": launches},
         tokens=size.tokens,
         examples=size.examples,
         basis=figures.basis,
     )
-
-
-def _is_launched(operation: Operation, *, overlaps_launches: bool) -> bool:
-    """True if it counts as a launch: a view launches nothing on a GPU, and takes about a dispatch on a CPU."""
-    return operation.is_launched and not (overlaps_launches and operation.kind == "metadata")

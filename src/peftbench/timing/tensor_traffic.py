@@ -60,9 +60,7 @@ def is_metadata_only(func: Any, name: str) -> bool:
     if name in _NO_DATA:
         return True
     returns = func._schema.returns
-    return bool(returns) and all(
-        value.alias_info is not None and not value.alias_info.is_write for value in returns
-    )
+    return bool(returns) and all(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
 def count_traffic(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> Traffic:
