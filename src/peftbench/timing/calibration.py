@@ -7,11 +7,12 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn import functional
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer as benchmark_clock
 
 from peftbench.common.dtypes import TORCH_DTYPES
 from peftbench.timing.figures import AttentionPoint, MeasuredFigures, ProductPoint, TrafficPoint
@@ -140,13 +141,14 @@ def _list_dtypes(device: torch.device) -> tuple[str, ...]:
     return ("fp32", "fp16", "bf16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "fp16")
 
 
-def measure_seconds(run: Callable[[], object]) -> float:
+def measure_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Return the lower quartile of the seconds of ``run``, which other processes on the machine affect least.
 
     With one thread on a CPU, it is the thread's own time, in which other processes do not count.
     """
-    clock = {"timer": time.thread_time} if torch.get_num_threads() == 1 and not torch.cuda.is_available() else {}
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads(), **clock)
+    is_one_cpu_thread = torch.get_num_threads() == 1 and device.type == "cpu"
+    clock = time.thread_time if is_one_cpu_thread else benchmark_clock
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads(), timer=clock)
     timer.timeit(1)  # selects the kernel
     number = min(100, max(1, round(_SECONDS_PER_SAMPLE / timer.timeit(1).mean)))
     samples: list[float] = []
@@ -175,13 +177,13 @@ def _measure_product(dims: tuple[int, int, int, int], layout: str, dtype: str, d
     multiply = torch.bmm if batch > 1 else torch.mm
 
     def make() -> tuple[torch.Tensor, ...]:
-        left = _make_factor(batch, m, k, layout[0], dtype, device)
-        right = _make_factor(batch, k, n, layout[1], dtype, device)
+        left = _make_factor((batch, m, k), layout[0], dtype, device)
+        right = _make_factor((batch, k, n), layout[1], dtype, device)
         return (left, right) if batch > 1 else (left[0], right[0])
 
     nbytes = batch * (m * k + k * n + m * n) * TORCH_DTYPES[dtype].itemsize
     run = _take_turns(multiply, [make() for _ in range(_count_copies(nbytes))])
-    return ProductPoint(dims=dims, layout=layout, dtype=dtype, seconds=measure_seconds(run))
+    return ProductPoint(dims=dims, layout=layout, dtype=dtype, seconds=measure_seconds(run, device))
 
 
 def _count_copies(nbytes: int) -> int:
@@ -204,10 +206,11 @@ def _take_turns(run: Callable[..., object], pool: Sequence[Sequence[Any]]) -> Ca
     return run_next
 
 
-def _make_factor(batch: int, rows: int, columns: int, layout: str, dtype: str, device: torch.device) -> torch.Tensor:
-    """Return a matrix that is stored row by row (n) or transposed (t)."""
-    shape = (batch, rows, columns) if layout == "n" else (batch, columns, rows)
-    values = torch.randn(shape, device=device).to(TORCH_DTYPES[dtype])
+def _make_factor(shape: tuple[int, int, int], layout: str, dtype: str, device: torch.device) -> torch.Tensor:
+    """Return matrices of (batch, rows, columns) that are stored row by row (n) or transposed (t)."""
+    batch, rows, columns = shape
+    stored = (batch, rows, columns) if layout == "n" else (batch, columns, rows)
+    values = torch.randn(stored, device=device).to(TORCH_DTYPES[dtype])
     return values if layout == "n" else values.transpose(1, 2)
 
 
@@ -219,7 +222,9 @@ def _iter_attention_jobs(
         yield lambda s=shape, t=dtype, d=direction: _measure_attention(s, t, d, device)  # type: ignore[misc]
 
 
-def _measure_attention(shape: tuple[int, int, int], dtype: str, direction: Any, device: torch.device) -> AttentionPoint:
+def _measure_attention(
+    shape: tuple[int, int, int], dtype: str, direction: Literal["forward", "backward"], device: torch.device
+) -> AttentionPoint:
     heads, length, width = shape
 
     def make() -> tuple[torch.Tensor, ...]:
@@ -238,7 +243,7 @@ def _measure_attention(shape: tuple[int, int, int], dtype: str, direction: Any, 
         direction=direction,
         dtype=dtype,
         flops=flops,
-        seconds=measure_seconds(_take_turns(run, pool)),
+        seconds=measure_seconds(_take_turns(run, pool), device),
     )
 
 
@@ -271,12 +276,13 @@ def _measure_traffic(kernel: Kernel, num_values: int, dtype: str, device: torch.
         for operation, count in _log(lambda: kernel.run(*pool[0])).items()
         if classify_kernel(operation.name) == kernel.kernel_class
     )
-    seconds = measure_seconds(_take_turns(kernel.run, pool))
+    seconds = measure_seconds(_take_turns(kernel.run, pool), device)
     return TrafficPoint(kernel_class=kernel.kernel_class, dtype=dtype, nbytes=nbytes, seconds=seconds)
 
 
 def _log(run: Callable[[], object], part: str = "forward") -> OperationCounts:
-    with OperationLog(lambda: part) as log:
+    log = OperationLog(lambda: part)
+    with log:
         run()
     return log.count_step(1)
 
@@ -286,7 +292,8 @@ def measure_launch_seconds(device: torch.device, figures: MeasuredFigures) -> fl
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_layer=4, n_embd=16, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0)
-    model = GPT2LMHeadModel(config).to(device).train()
+    model = GPT2LMHeadModel(config).train()
+    model.to(device=device)  # type: ignore[arg-type, call-arg]
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     tokens = torch.zeros((2, 8), dtype=torch.long, device=device)
@@ -298,7 +305,7 @@ def measure_launch_seconds(device: torch.device, figures: MeasuredFigures) -> fl
         optimizer.zero_grad()
 
     step()
-    measured, counts = measure_seconds(step), _log(step)
+    measured, counts = measure_seconds(step, device), _log(step)
     return max(_solve_launch_seconds(counts, figures, measured), 1e-7)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -25,8 +26,9 @@ class MissingFigureError(Exception):
 class Figures(Protocol):
     """Times of single operations on one device."""
 
-    overlaps_launches: bool
-    """True if the host launches operations while the device runs earlier ones, as on a GPU."""
+    @property
+    def overlaps_launches(self) -> bool:
+        """True if the host launches operations while the device runs earlier ones, as on a GPU."""
 
     @property
     def launch_seconds(self) -> SecondsRange:
@@ -197,8 +199,8 @@ def _interpolate_seconds(table: Sequence[TrafficPoint], operation: Operation) ->
     nbytes = operation.nbytes
     if nbytes <= table[0].nbytes:
         return table[0].seconds * nbytes / table[0].nbytes
-    for low, high in zip(table, table[1:], strict=False):
+    for low, high in itertools.pairwise(table):
         if nbytes <= high.nbytes:
             share = math.log(nbytes / low.nbytes) / math.log(high.nbytes / low.nbytes)
-            return low.seconds * (high.seconds / low.seconds) ** share
+            return low.seconds * math.exp(share * math.log(high.seconds / low.seconds))
     return table[-1].seconds * nbytes / table[-1].nbytes

@@ -99,7 +99,9 @@ KERNELS = (
     Kernel("activation", _one, lambda values: _ATEN.gelu(values, approximate="tanh")),
     Kernel("activation_backward", _two, lambda grad, values: _ATEN.gelu_backward(grad, values, approximate="tanh")),
     Kernel(
-        "normalization", _norm_inputs, lambda values, *rest: torch.native_layer_norm(values, (_WIDTH,), *rest, 1e-5)
+        "normalization",
+        _norm_inputs,
+        lambda values, weight, bias: torch.native_layer_norm(values, (_WIDTH,), weight, bias, 1e-5),
     ),
     Kernel(
         "normalization_backward",
@@ -136,7 +138,7 @@ KERNELS = (
 def make_adamw8bit() -> Kernel | None:
     """Return the update of bitsandbytes' 8-bit AdamW, None if the library is not installed."""
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
         return None
 

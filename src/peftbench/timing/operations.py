@@ -71,7 +71,7 @@ class OperationLog(TorchDispatchMode):
 
     def count_step(self, accumulation: int) -> OperationCounts:
         """Return the counts of a step with ``accumulation`` micro-batches; later ones repeat the last recorded one."""
-        first, *later = [counts for counts in self._micro_batches if counts]
+        first, *later = [counts for counts in self._micro_batches if counts] or [OperationCounts()]
         total = Counter(first)
         for counts in later[: accumulation - 1]:
             total.update(counts)
@@ -126,8 +126,8 @@ class OperationLog(TorchDispatchMode):
         elif "attention" in name:
             yield _describe_attention(part, func, name, args, kwargs, flops, traffic.nbytes)
         else:
-            dims, layout, dtype = _describe_factors(name, args, flops)
-            yield Operation(part, "product", name, _name_dtype(dtype), dims, layout, flops, traffic.nbytes)
+            dims, layout, factor_dtype = _describe_factors(name, args, flops)
+            yield Operation(part, "product", name, _name_dtype(factor_dtype), dims, layout, flops, traffic.nbytes)
 
 
 def extrapolate(fewer: OperationCounts, more: OperationCounts, extra_layers: int) -> OperationCounts:
@@ -151,9 +151,7 @@ def _name_dtype(dtype: torch.dtype | None) -> str:
     return "" if dtype is None else _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _describe_attention(
-    part: str, func: Any, name: str, args: Any, kwargs: Any, flops: int, nbytes: int
-) -> Operation:
+def _describe_attention(part: str, func: Any, name: str, args: Any, kwargs: Any, flops: int, nbytes: int) -> Operation:
     """Return the operation of a fused attention kernel, forward or backward."""
     arguments = _name_arguments(func, args, kwargs)
     query, key = arguments["query"], arguments["key"]
@@ -163,9 +161,7 @@ def _describe_attention(
     return Operation(part, "attention", name, _name_dtype(query.dtype), dims, layout, flops, nbytes)
 
 
-def _describe_packed_attention(
-    part: str, func: Any, name: str, args: Any, kwargs: Any, nbytes: int
-) -> Operation:
+def _describe_packed_attention(part: str, func: Any, name: str, args: Any, kwargs: Any, nbytes: int) -> Operation:
     """Return the operation of causal attention over sequences of equal length in one row.
 
     On the meta device their lengths have no values.
@@ -183,7 +179,8 @@ def _describe_packed_attention(
 
 
 def _name_arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    named: dict[str, Any] = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    return named | kwargs
 
 
 def _describe_factors(name: str, args: Any, flops: int) -> tuple[tuple[int, int, int, int], str, torch.dtype | None]:

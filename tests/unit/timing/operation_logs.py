@@ -16,7 +16,8 @@ ROWS, TOKENS, LABELS = 4, 48, 5
 
 def log_operations(run: Callable[[], object], part: str = "forward") -> OperationCounts:
     """Return the counts of the operations of ``run``."""
-    with OperationLog(lambda: part) as log:
+    log = OperationLog(lambda: part)
+    with log:
         run()
     return log.count_step(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -79,16 +80,23 @@ def test_views_move_no_bytes() -> None:
 
 def test_fused_optimizer_is_one_launch_and_one_key_per_shape() -> None:
     """AdamW reads weight, gradient and moments and writes weight and moments: 28 bytes a value."""
-    parameters = [torch.nn.Parameter(meta(8, 32)) for _ in range(3)]
-    for parameter in parameters:
-        parameter.grad = meta(8, 32)
-    lists = [list(parameters), [meta(8, 32) for _ in parameters]]
+    parameters = [meta(8, 32) for _ in range(3)]
+    gradients = [meta(8, 32) for _ in parameters]
     moments = [[meta(8, 32) for _ in parameters] for _ in range(2)]
     steps = [meta() for _ in parameters]
-    keys = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8, "amsgrad": False}
+    keys: dict[str, Any] = {
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "weight_decay": 0.0,
+        "eps": 1e-8,
+        "amsgrad": False,
+        "maximize": False,
+    }
     with torch.no_grad():
         counts = log_operations(
-            lambda: torch._fused_adamw_(*lists, *moments, [], steps, **keys, maximize=False), part="optimizer"
+            lambda: torch._fused_adamw_(parameters, gradients, moments[0], moments[1], [], steps, **keys),
+            part="optimizer",
         )
     assert sum(count for operation, count in counts.items() if operation.is_launched) == 1
     (tensor,) = [operation for operation in counts if not operation.is_launched]

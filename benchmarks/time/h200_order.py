@@ -1,6 +1,6 @@
 """Predict tokens/s of the four methods of GPT-2 small on an H200 by its data sheet; compare with committed records.
 
-Run: python benchmarks/time/h200.py
+Run: python benchmarks/time/h200_order.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compare predictions.json with measurements.json: ratios, rank correlation, and pairs that are close.
 
-Run: python benchmarks/time/compare.py benchmarks/time/records
+Run: python benchmarks/time/compare_times.py benchmarks/time/records
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-from cases import FOUR_METHODS
 from scipy.stats import spearmanr
 from tabulate import tabulate
+from timed_strategies import FOUR_METHODS
 
 MAX_ERROR = 0.15
 """Largest allowed error of the four methods."""

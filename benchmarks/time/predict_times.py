@@ -1,6 +1,6 @@
-"""Predict the step time of every strategy from a calibration file; run it before measure.py.
+"""Predict the step time of every strategy from a calibration file; run it before measure_times.py.
 
-Run: python benchmarks/time/predict.py benchmarks/time/records/device.json benchmarks/time/records/predictions.json
+Run: python benchmarks/time/predict_times.py DEVICE.json PREDICTIONS.json
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import datetime
 import json
 from pathlib import Path
 
-from cases import COMPLETION_WORDS, SETTINGS, TOKENS, build_recipe
+from timed_strategies import COMPLETION_WORDS, SETTINGS, TOKENS, build_recipe
 
 from peftbench.common.filesystem import write_atomically
 from peftbench.data.batches import compute_micro_batching

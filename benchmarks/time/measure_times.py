@@ -1,6 +1,6 @@
 """Measure the step time of every strategy with real runs, one process after another; needs a quiet machine.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/time/measure.py benchmarks/time/records/measurements.json
+Run: OMP_NUM_THREADS=1 python benchmarks/time/measure_times.py benchmarks/time/records/measurements.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cases import SETTINGS, UNTIMED_STEPS, build_recipe
+from timed_strategies import SETTINGS, UNTIMED_STEPS, build_recipe
 
 from peftbench.common.filesystem import write_atomically
 from peftbench.common.libraries import quiet_libraries
