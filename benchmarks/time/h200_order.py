@@ -48,9 +48,9 @@ def predict(record: dict[str, Any]) -> StepTime:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": folder})})
         with MemorySimulation(recipe, facts.capability, 1, has_padding=False) as simulation:
             simulation.simulate_training(rows, tokens, labels)
-    step_time, reason = predict_time(simulation, facts, tokens)
+    step_time, notes = predict_time(simulation, facts, tokens)
     if step_time is None:
-        raise SystemExit(reason)
+        raise SystemExit("; ".join(notes))
     return step_time
 
 

@@ -20,7 +20,7 @@ from peftbench.memory.step_time import predict_time
 from peftbench.timing.prediction import StepTime
 
 LABELS = COMPLETION_WORDS + 1
-"""Labeled tokens of a row: the words of the completion and the end token."""
+"""Labeled tokens of a row: its completion and the end token."""
 
 
 def predict(name: str, facts: DeviceFacts) -> StepTime:
@@ -31,9 +31,9 @@ def predict(name: str, facts: DeviceFacts) -> StepTime:
     accumulation, rows = compute_micro_batching(recipe.train.global_batch_size, limit, 1)
     with MemorySimulation(recipe, facts.capability, accumulation) as simulation:
         simulation.simulate_training(rows, tokens, LABELS)
-    step_time, reason = predict_time(simulation, facts, tokens)
+    step_time, notes = predict_time(simulation, facts, tokens)
     if step_time is None:
-        raise SystemExit(f"{name}: {reason or 'the device file has no measured speed'}")
+        raise SystemExit(f"{name}: {', '.join(notes) or 'the device file has no measured speed'}")
     return step_time
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from peftbench.memory.devices import DeviceFacts
-    from peftbench.timing.figures import MeasuredFigures
+    from peftbench.timing.speeds import MeasuredSpeeds
 
 _CalibratedDeviceOption = Annotated[
     Optional[Literal["cpu", "cuda"]],
@@ -36,16 +36,16 @@ def calibrate(device: _CalibratedDeviceOption = None, out: _CalibrationFileOptio
         from tqdm.auto import tqdm
 
         from peftbench.common.filesystem import write_atomically
-        from peftbench.timing.calibration import measure_figures
+        from peftbench.timing.calibration import measure_speeds
 
         kind = _resolve_device(device)
         target = torch.device(kind)
         facts = _describe_device(target)
         with tqdm(desc="calibrating", unit="measurement", disable=None) as progress:
-            figures = measure_figures(target, facts.torch_name, progress)
-        facts = facts.model_copy(update={"measured_speed": figures})
+            speeds = measure_speeds(target, facts.torch_name, progress)
+        facts = facts.model_copy(update={"measured_speed": speeds})
         write_atomically(out, facts.model_dump_json(indent=1) + "\n")
-        print(_summarize(figures))
+        print(_summarize(speeds))
         print_to_stderr(f"written to {out}; use it with: peftbench estimate RECIPE --device {out}")
 
 
@@ -113,15 +113,15 @@ def _measure_gpu(device: torch.device) -> DeviceFacts:
     )
 
 
-def _summarize(figures: MeasuredFigures) -> str:
-    """Return the best measured figures in one line."""
+def _summarize(speeds: MeasuredSpeeds) -> str:
+    """Return the best measured speeds in one line."""
     best: dict[str, float] = {}
-    for point in figures.products:
+    for point in speeds.products:
         best[point.dtype] = max(best.get(point.dtype, 0.0), point.flops / point.seconds)
     products = ", ".join(f"{dtype} {rate / 1e12:,.2f}" for dtype, rate in best.items())
-    copies = [point for point in figures.traffic if point.kernel_class == "arithmetic"]
+    copies = [point for point in speeds.traffic if point.kernel_class == "arithmetic"]
     largest = max(copies, key=lambda point: point.nbytes)
     return (
-        f"{figures.machine}, {figures.num_threads} threads: products {products} TFLOP/s; memory "
-        f"{largest.nbytes / largest.seconds / 1e9:,.0f} GB/s; {figures.seconds_per_launch * 1e6:,.1f} us a launch"
+        f"{speeds.machine}, {speeds.num_threads} threads: products {products} TFLOP/s; memory "
+        f"{largest.nbytes / largest.seconds / 1e9:,.0f} GB/s; {speeds.seconds_per_launch * 1e6:,.1f} us a launch"
     )

@@ -45,21 +45,23 @@ def estimate(
         PeftbenchError: the recipe itself cannot run.
     """
     check_supported(recipe, launch_config.engine, facts.device_type)
-    if recipe.train.resolved_precision == "bf16" and facts.device_type == "cuda" and not facts.capability.has_bf16:
-        raise PrecisionError(f"{facts.torch_name} does not support train.precision=bf16; use fp16 or fp32")
+    _check_precision(recipe, facts)
     accumulation, rows = compute_micro_batching(
         recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.dp_world_size
     )
-    unpaged = _replace_paged_optimizer(recipe)
     simulation = MemorySimulation(
-        unpaged, facts.capability, accumulation, has_padding=rows > 1, launch_config=launch_config
+        _replace_paged_optimizer(recipe),
+        facts.capability,
+        accumulation,
+        has_padding=rows > 1,
+        launch_config=launch_config,
     )
     width = _max_sequence_length(recipe, simulation.max_positions)
     label_count = count_labeled_tokens(recipe, width)
     labels = label_count.tokens
     flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.dp_world_size), width, labels)
     _simulate_phases(simulation, recipe, rows, width, labels)
-    step_time, no_time_reason = predict_time(simulation, facts, width)
+    step_time, time_notes = predict_time(simulation, facts, width)
     events = list(simulation.memory_tracker.iter_events())
     replay = replay_allocator(events, facts.device_type)
     context, workspaces = _to_int_range(facts.context), _to_int_range(facts.workspaces)
@@ -91,12 +93,14 @@ def estimate(
         verdict=verdict,
         margin_bytes=margin,
         step_time=step_time,
-        notes=(
-            *_build_notes(recipe, facts, width, label_count, paged_bytes),
-            *simulation.notes,
-            *([no_time_reason] if no_time_reason else []),
-        ),
+        notes=(*_build_notes(recipe, facts, width, label_count, paged_bytes), *simulation.notes, *time_notes),
     )
+
+
+def _check_precision(recipe: Recipe, facts: DeviceFacts) -> None:
+    """Raise PrecisionError for bf16 on a GPU without it."""
+    if recipe.train.resolved_precision == "bf16" and facts.device_type == "cuda" and not facts.capability.has_bf16:
+        raise PrecisionError(f"{facts.torch_name} does not support train.precision=bf16; use fp16 or fp32")
 
 
 def _compute_resident_bytes(process: tuple[int, int], facts: DeviceFacts) -> tuple[int, int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftbench.timing.figures import MissingFigureError
 from peftbench.timing.roofline import StepSize, predict_step_time
+from peftbench.timing.speeds import MissingSpeedError
 
 if TYPE_CHECKING:
     from peftbench.memory.devices import DeviceFacts
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 def predict_time(
     simulation: MemorySimulation, facts: DeviceFacts, sequence_length: int
-) -> tuple[StepTime | None, str | None]:
-    """Return the time of the step that ``simulation`` ran, or None and the reason; both are None without figures."""
-    figures = facts.figures
-    if figures is None:
-        return None, None
+) -> tuple[StepTime | None, tuple[str, ...]]:
+    """Return the time of the step that ``simulation`` ran, and notes for the plan; None without speeds."""
+    speeds = facts.speeds
+    if speeds is None:
+        return None, ()
     examples = simulation.recipe.train.global_batch_size
     counts = simulation.operation_log.count_step(simulation.accumulation)
     try:
-        return predict_step_time(counts, figures, StepSize(examples, examples * sequence_length)), None
-    except MissingFigureError as error:
-        return None, f"no time is predicted: {error}"
+        return predict_step_time(counts, speeds, StepSize(examples, examples * sequence_length)), ()
+    except MissingSpeedError as error:
+        return None, (f"no time is predicted: {error}",)

@@ -1,4 +1,4 @@
-"""Measure the figures of this machine: products and attention by size, bytes per second by class, launch time."""
+"""Measure the speeds of this machine: products and attention by size, bytes per second by class, launch time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as benchmark_clock
 
 from peftbench.common.dtypes import TORCH_DTYPES
-from peftbench.timing.figures import AttentionPoint, MeasuredFigures, ProductPoint, TrafficPoint
 from peftbench.timing.kernel_classes import classify_kernel
-from peftbench.timing.kernels import KERNELS, Kernel, make_adamw8bit
+from peftbench.timing.kernels import TRAFFIC_KERNELS, TrafficKernel, make_adamw8bit
 from peftbench.timing.operations import Operation, OperationCounts, OperationLog
 from peftbench.timing.roofline import StepSize, predict_step_time
+from peftbench.timing.speeds import AttentionPoint, MeasuredSpeeds, ProductPoint, TrafficPoint
 
 _SECONDS_PER_POINT = 0.02
 _SECONDS_PER_SAMPLE = 3e-4
@@ -102,10 +102,10 @@ class Progress(Protocol):
         """Count ``n`` more measurements."""
 
 
-def measure_figures(
+def measure_speeds(
     device: torch.device, machine: str, progress: Progress, sizes: CalibrationSizes | None = None
-) -> MeasuredFigures:
-    """Measure the figures of ``device``, with the number of threads that torch uses now."""
+) -> MeasuredSpeeds:
+    """Measure the speeds of ``device``, with the number of threads that torch uses now."""
     sizes = sizes or (CUDA_SIZES if device.type == "cuda" else CPU_SIZES)
     dtypes = _list_dtypes(device)
     jobs: list[Callable[[], Any]] = [
@@ -118,7 +118,7 @@ def measure_figures(
     for job in jobs:
         points.append(job())
         progress.update()
-    figures = MeasuredFigures(
+    speeds = MeasuredSpeeds(
         machine=machine,
         torch_version=str(torch.__version__),
         num_threads=torch.get_num_threads(),
@@ -129,9 +129,9 @@ def measure_figures(
         traffic=tuple(point for point in points if isinstance(point, TrafficPoint)),
         seconds_per_launch=1e-6,
     )
-    launch = measure_launch_seconds(device, figures)
+    launch = measure_launch_seconds(device, speeds)
     progress.update()
-    return figures.model_copy(update={"seconds_per_launch": launch})
+    return speeds.model_copy(update={"seconds_per_launch": launch})
 
 
 def _list_dtypes(device: torch.device) -> tuple[str, ...]:
@@ -260,13 +260,13 @@ def _iter_traffic_jobs(
     sizes: CalibrationSizes, dtypes: Sequence[str], device: torch.device
 ) -> Iterator[Callable[[], TrafficPoint]]:
     optional = make_adamw8bit()
-    for kernel in (*KERNELS, *([optional] if optional else [])):
+    for kernel in (*TRAFFIC_KERNELS, *([optional] if optional else [])):
         names = dtypes if kernel.is_in_steps_of_any_type else ("fp32",)
         for num_values, dtype in itertools.product(sizes.values, names):
             yield lambda k=kernel, n=num_values, t=dtype: _measure_traffic(k, n, t, device)  # type: ignore[misc]
 
 
-def _measure_traffic(kernel: Kernel, num_values: int, dtype: str, device: torch.device) -> TrafficPoint:
+def _measure_traffic(kernel: TrafficKernel, num_values: int, dtype: str, device: torch.device) -> TrafficPoint:
     """Measure an operation whose inputs are not in the cache and whose result is new memory, as in a step."""
     torch_dtype = TORCH_DTYPES[dtype]
     copies = _count_copies(num_values * torch_dtype.itemsize * 3)
@@ -287,7 +287,7 @@ def _log(run: Callable[[], object], part: str = "forward") -> OperationCounts:
     return log.count_step(1)
 
 
-def measure_launch_seconds(device: torch.device, figures: MeasuredFigures) -> float:
+def measure_launch_seconds(device: torch.device, speeds: MeasuredSpeeds) -> float:
     """Return the seconds of a launch with which the predicted time of a tiny step equals the measured one."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -306,12 +306,12 @@ def measure_launch_seconds(device: torch.device, figures: MeasuredFigures) -> fl
 
     step()
     measured, counts = measure_seconds(step, device), _log(step)
-    return max(_solve_launch_seconds(counts, figures, measured), 1e-7)
+    return max(_solve_launch_seconds(counts, speeds, measured), 1e-7)
 
 
-def _solve_launch_seconds(counts: dict[Operation, int], figures: MeasuredFigures, measured: float) -> float:
+def _solve_launch_seconds(counts: dict[Operation, int], speeds: MeasuredSpeeds, measured: float) -> float:
     """Return the launch time with which ``counts`` are predicted to take ``measured`` seconds."""
-    predicted = predict_step_time(counts, figures, StepSize(1, 1))
-    launches = predicted.seconds_by_kind["launch"][0] / figures.launch_seconds[0]
+    predicted = predict_step_time(counts, speeds, StepSize(1, 1))
+    launches = predicted.seconds_by_kind["launch"][0] / speeds.launch_seconds[0]
     busy = sum(seconds[0] for kind, seconds in predicted.seconds_by_kind.items() if kind != "launch")
-    return (measured if figures.overlaps_launches else measured - busy) / launches
+    return (measured if speeds.overlaps_launches else measured - busy) / launches

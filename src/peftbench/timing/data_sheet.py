@@ -1,12 +1,12 @@
-"""Figures of a GPU that was not measured: its data sheet, and the ranges of what programs reach of it."""
+"""Speeds of a GPU that was not measured: its data sheet, and the ranges of what programs reach of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from peftbench.profiler.peak_flops import get_peak_flops
-from peftbench.timing.figures import MissingFigureError, SecondsRange
 from peftbench.timing.operations import Operation
+from peftbench.timing.speeds import MissingSpeedError, SecondsRange
 
 PRODUCT_EFFICIENCY = (0.35, 0.85)
 """Share of the peak FLOP/s that large products reach."""
@@ -21,20 +21,20 @@ LINK_BYTES_PER_SECOND = (8e9, 300e9)
 
 
 @dataclass(frozen=True)
-class DataSheetFigures:
+class DataSheetSpeeds:
     """Ranges by the peak FLOP/s and the memory bandwidth of a data sheet."""
 
     torch_name: str
     bytes_per_second: float
     overlaps_launches: bool = True
     launch_seconds: SecondsRange = LAUNCH_SECONDS
-    basis: str = field(default="by data sheet figures, not measured")
+    basis: str = field(default="by a data sheet, not measured")
 
     def estimate_operation(self, operation: Operation) -> SecondsRange:
         """Return the longer time of arithmetic and memory: minimum and maximum.
 
         Raises:
-            MissingFigureError: the data sheet has no FLOP/s for the type of a product.
+            MissingSpeedError: the data sheet has no FLOP/s for the type of a product.
         """
         if operation.kind == "exchange":
             return operation.nbytes / LINK_BYTES_PER_SECOND[1], operation.nbytes / LINK_BYTES_PER_SECOND[0]
@@ -43,7 +43,7 @@ class DataSheetFigures:
             return fast, slow
         peak = get_peak_flops(self.torch_name, operation.dtype)
         if peak is None:
-            raise MissingFigureError(f"the peak FLOP/s of {self.torch_name} in {operation.dtype} is unknown")
+            raise MissingSpeedError(f"the peak FLOP/s of {self.torch_name} in {operation.dtype} is unknown")
         efficiency = ATTENTION_EFFICIENCY if operation.kind == "attention" else PRODUCT_EFFICIENCY
         longest, shortest = (operation.flops / (peak * share) for share in efficiency)
         return max(fast, shortest), max(slow, longest)

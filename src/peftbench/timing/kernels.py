@@ -25,7 +25,7 @@ _ADAMW_KEYS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Kernel:
+class TrafficKernel:
     """One operation that moves bytes."""
 
     kernel_class: KernelClass
@@ -92,39 +92,41 @@ def _cast(values: torch.Tensor) -> torch.Tensor:
 
 
 _ATEN = torch.ops.aten
-KERNELS = (
-    Kernel("copy", _one, _cast),
-    Kernel("arithmetic", _two, torch.add),
-    Kernel("fill", _one, torch.zeros_like),
-    Kernel("activation", _one, lambda values: _ATEN.gelu(values, approximate="tanh")),
-    Kernel("activation_backward", _two, lambda grad, values: _ATEN.gelu_backward(grad, values, approximate="tanh")),
-    Kernel(
+TRAFFIC_KERNELS = (
+    TrafficKernel("copy", _one, _cast),
+    TrafficKernel("arithmetic", _two, torch.add),
+    TrafficKernel("fill", _one, torch.zeros_like),
+    TrafficKernel("activation", _one, lambda values: _ATEN.gelu(values, approximate="tanh")),
+    TrafficKernel(
+        "activation_backward", _two, lambda grad, values: _ATEN.gelu_backward(grad, values, approximate="tanh")
+    ),
+    TrafficKernel(
         "normalization",
         _norm_inputs,
         lambda values, weight, bias: torch.native_layer_norm(values, (_WIDTH,), weight, bias, 1e-5),
     ),
-    Kernel(
+    TrafficKernel(
         "normalization_backward",
         _norm_backward_inputs,
         lambda grad, values, mean, deviation, weight, bias: _ATEN.native_layer_norm_backward(
             grad, values, (_WIDTH,), mean, deviation, weight, bias, [True, True, True]
         ),
     ),
-    Kernel("softmax", _wide, lambda values: _ATEN._log_softmax(values, -1, False)),
-    Kernel(
+    TrafficKernel("softmax", _wide, lambda values: _ATEN._log_softmax(values, -1, False)),
+    TrafficKernel(
         "softmax_backward",
         _wide_with_gradient,
         lambda grad, output: _ATEN._log_softmax_backward_data(grad, output, -1, output.dtype),
     ),
-    Kernel("reduction", _one, lambda values: values.sum(0)),
-    Kernel("gather", _table, _ATEN.embedding),
-    Kernel(
+    TrafficKernel("reduction", _one, lambda values: values.sum(0)),
+    TrafficKernel("gather", _table, _ATEN.embedding),
+    TrafficKernel(
         "scatter",
         _table_gradient,
         lambda grad, index: _ATEN.embedding_dense_backward(grad, index, _VOCABULARY, -1, False),
     ),
-    Kernel("random", _one, lambda values: torch.native_dropout(values, 0.1, True)),
-    Kernel(
+    TrafficKernel("random", _one, lambda values: torch.native_dropout(values, 0.1, True)),
+    TrafficKernel(
         "adamw",
         _adamw_state,
         lambda weights, grads, means, squares, steps: torch._fused_adamw_(
@@ -135,7 +137,7 @@ KERNELS = (
 )
 
 
-def make_adamw8bit() -> Kernel | None:
+def make_adamw8bit() -> TrafficKernel | None:
     """Return the update of bitsandbytes' 8-bit AdamW, None if the library is not installed."""
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
@@ -149,4 +151,4 @@ def make_adamw8bit() -> Kernel | None:
         optimizer.step()  # creates the states
         return (optimizer,)
 
-    return Kernel("adamw8bit", make, lambda optimizer: optimizer.step(), is_in_steps_of_any_type=False)
+    return TrafficKernel("adamw8bit", make, lambda optimizer: optimizer.step(), is_in_steps_of_any_type=False)

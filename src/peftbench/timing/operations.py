@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftbench.profiler.flop_counter import FlopCounter
-from peftbench.timing.tensor_traffic import count_traffic, is_metadata_only, iter_list_items, iter_tensors
+from peftbench.timing.tensor_traffic import count_traffic, is_metadata_only, iter_list_items, list_tensors
 
 OperationKind = Literal["product", "attention", "elementwise", "optimizer", "exchange", "metadata"]
 OPERATION_KINDS: tuple[OperationKind, ...] = (
@@ -86,7 +86,7 @@ class OperationLog(TorchDispatchMode):
             return NotImplemented
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self._device_type == "cpu" or any(tensor.is_meta for tensor in iter_tensors((args, kwargs, result))):
+        if self._device_type == "cpu" or any(tensor.is_meta for tensor in list_tensors((args, kwargs, result))):
             counts = self._enter_part()
             for operation in self._describe(func, args, kwargs, result):
                 counts[operation] += 1
@@ -180,13 +180,14 @@ def _describe_packed_attention(part: str, func: Any, name: str, args: Any, kwarg
 
 def _name_arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     named: dict[str, Any] = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-    return named | kwargs
+    named.update(kwargs)
+    return named
 
 
 def _describe_factors(name: str, args: Any, flops: int) -> tuple[tuple[int, int, int, int], str, torch.dtype | None]:
     """Return (batch, m, n, k), layout and type of a product; for another kernel, a product of equal FLOPs and rows."""
     index = _TWO_FACTORS.get(name)
-    tensors = [tensor for tensor in iter_tensors(args) if tensor.dim() >= 2]
+    tensors = [tensor for tensor in list_tensors(args) if tensor.dim() >= 2]
     if index is None:
         left = tensors[0]
         inner, rows = left.shape[-1], left.numel() // left.shape[-1]
@@ -206,7 +207,7 @@ def _count_sent_bytes(name: str, args: Any) -> int:
     from torch import distributed
 
     size = distributed.get_world_size() if distributed.is_initialized() else 1
-    tensors = list(iter_tensors(args))
+    tensors = list_tensors(args)
     total = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
     share = total * (size - 1) // size
     if "all_reduce" in name or "allreduce" in name:

@@ -20,7 +20,7 @@ class StepTime(BaseModel):
     examples: int
     """Examples of a step of all processes."""
     basis: str
-    """Where the figures are from, as a clause."""
+    """Source of the speeds, as a clause."""
 
     @property
     def typical_seconds(self) -> float:

@@ -42,11 +42,9 @@ class Traffic(NamedTuple):
     dtype: torch.dtype | None
 
 
-def iter_tensors(values: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested arguments."""
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
+def list_tensors(values: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested arguments."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def count_distinct_bytes(tensor: torch.Tensor) -> int:
@@ -71,7 +69,7 @@ def count_traffic(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> 
     named += [(by_name[key], value) for key, value in kwargs.items() if key in by_name]
     read, changed, sizes = 0, 0, []
     for index, (argument, value) in enumerate(named):
-        nbytes = sum(count_distinct_bytes(tensor) for tensor in iter_tensors(value))
+        nbytes = sum(count_distinct_bytes(tensor) for tensor in list_tensors(value))
         sizes.append(nbytes)
         is_changed = argument.alias_info is not None and argument.alias_info.is_write
         changed += nbytes if is_changed else 0
@@ -82,7 +80,7 @@ def count_traffic(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> 
         tensor
         for returned, value in zip(func._schema.returns, _as_sequence(func, result), strict=False)
         if returned.alias_info is None
-        for tensor in iter_tensors(value)
+        for tensor in list_tensors(value)
     ]
     written = sum(count_distinct_bytes(tensor) for tensor in results)
     if name in _GATHERS:
@@ -90,7 +88,7 @@ def count_traffic(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> 
     if name in _SCATTERS:
         others = max(sizes[1:], default=0)
         read, changed = read - sizes[0] + others, others
-    first = next(iter([*results, *iter_tensors((args, kwargs))]), None)
+    first = next(iter([*results, *list_tensors((args, kwargs))]), None)
     return Traffic(read + changed + written, None if first is None else first.dtype)
 
 

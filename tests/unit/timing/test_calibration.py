@@ -1,4 +1,4 @@
-"""A calibration file holds the measured figures and is a device for estimate."""
+"""A calibration file holds the measured speeds and is a device for estimate."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from peftbench.memory.plan import Plan
 from peftbench.methods.full import Full
 from peftbench.report.tables.memory_plan import format_plan
 from peftbench.timing import calibration
-from peftbench.timing.calibration import CalibrationSizes, measure_figures
-from peftbench.timing.data_sheet import DataSheetFigures
-from peftbench.timing.figures import MeasuredFigures
+from peftbench.timing.calibration import CalibrationSizes, measure_speeds
+from peftbench.timing.data_sheet import DataSheetSpeeds
 from peftbench.timing.kernel_classes import KERNEL_CLASSES
-from peftbench.timing.kernels import KERNELS
+from peftbench.timing.kernels import TRAFFIC_KERNELS
+from peftbench.timing.speeds import MeasuredSpeeds
 from tests.helpers.workshop import Workshop
-from tests.unit.timing.test_roofline import build_figures
+from tests.unit.timing.test_roofline import build_speeds
 
 SIZES = CalibrationSizes(
     linears=((8, 16, 16),), batched=((2, 8, 8, 8),), attention=((2, 8, 8),), values=(1 << 12, 1 << 13)
@@ -42,18 +42,18 @@ class CountedProgress:
 
 
 @pytest.fixture(scope="module")
-def measured() -> MeasuredFigures:
-    """Return figures of this machine, from tiny operations."""
+def measured() -> MeasuredSpeeds:
+    """Return speeds of this machine, from tiny operations."""
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(calibration, "_SECONDS_PER_POINT", 1e-4)
         patches.setattr(calibration, "_POOL_BYTES", 1 << 16)
         progress = CountedProgress()
-        figures = measure_figures(torch.device("cpu"), "a machine", progress, SIZES)
+        speeds = measure_speeds(torch.device("cpu"), "a machine", progress, SIZES)
         assert progress.done == progress.total > 0
-        return figures
+        return speeds
 
 
-def test_calibration_measures_every_kind(measured: MeasuredFigures) -> None:
+def test_calibration_measures_every_kind(measured: MeasuredSpeeds) -> None:
     """Products in both types and all layouts, attention in both directions, each class of operations."""
     assert {point.dtype for point in measured.products} == {"fp32", "bf16"}
     assert {point.layout for point in measured.products} == {"nn", "nt", "tn"}
@@ -64,21 +64,21 @@ def test_calibration_measures_every_kind(measured: MeasuredFigures) -> None:
 
 def test_each_class_is_measured_by_one_kernel() -> None:
     """8-bit AdamW is measured if bitsandbytes is installed."""
-    assert sorted(kernel.kernel_class for kernel in KERNELS) == sorted(set(KERNEL_CLASSES) - {"adamw8bit"})
+    assert sorted(kernel.kernel_class for kernel in TRAFFIC_KERNELS) == sorted(set(KERNEL_CLASSES) - {"adamw8bit"})
 
 
-def write_device(path: Path, figures: MeasuredFigures | None = None) -> Path:
-    """Write a CPU's device file with these figures."""
-    facts = get_device_facts("cpu").model_copy(update={"measured_speed": figures or build_figures()})
+def write_device(path: Path, speeds: MeasuredSpeeds | None = None) -> Path:
+    """Write a CPU's device file with these speeds."""
+    facts = get_device_facts("cpu").model_copy(update={"measured_speed": speeds or build_speeds()})
     path.write_text(facts.model_dump_json(), encoding="utf-8")
     return path
 
 
-def test_device_file_round_trip(tmp_path: Path, measured: MeasuredFigures) -> None:
+def test_device_file_round_trip(tmp_path: Path, measured: MeasuredSpeeds) -> None:
     """Reading a written file gives equal facts."""
     facts = get_device_facts(str(write_device(tmp_path / "device.json", measured)))
     assert facts.measured_speed == measured
-    assert facts.figures is facts.measured_speed
+    assert facts.speeds is facts.measured_speed
     assert facts.libraries == get_device_facts("cpu").libraries
 
 
@@ -106,8 +106,8 @@ def test_data_sheets_have_a_source() -> None:
     """Each bandwidth of a shipped device names where it is from."""
     for name, facts in load_devices().items():
         assert (facts.memory_bytes_per_second is None) == (facts.memory_speed_source is None), name
-    assert isinstance(get_device_facts("h200").figures, DataSheetFigures)
-    assert get_device_facts("cpu").figures is None
+    assert isinstance(get_device_facts("h200").speeds, DataSheetSpeeds)
+    assert get_device_facts("cpu").speeds is None
 
 
 def plan_full(workshop: Workshop, device: str) -> Plan:
@@ -116,9 +116,9 @@ def plan_full(workshop: Workshop, device: str) -> Plan:
 
 
 def test_estimate_prints_the_time_on_a_calibrated_cpu(
-    tmp_path: Path, workshop: Workshop, measured: MeasuredFigures
+    tmp_path: Path, workshop: Workshop, measured: MeasuredSpeeds
 ) -> None:
-    """One value, the tokens per second and where the figures are from."""
+    """One value, the tokens per second and where the speeds are from."""
     plan = plan_full(workshop, str(write_device(tmp_path / "device.json", measured)))
     assert plan.step_time is not None
     assert plan.step_time.seconds[0] == plan.step_time.seconds[1] > 0
@@ -135,11 +135,11 @@ def test_estimate_prints_a_range_by_data_sheet(workshop: Workshop) -> None:
     text = format_plan(plan_full(workshop, "h200"))
     (line,) = [line for line in text.splitlines() if line.startswith("time: ")]
     assert " to " in line
-    assert line.endswith("(by data sheet figures, not measured)")
+    assert line.endswith("(by a data sheet, not measured)")
 
 
 def test_plan_without_figures_has_no_time(tmp_path: Path, workshop: Workshop) -> None:
-    """An uncalibrated CPU, and figures that lack a class of operations; the note names it."""
+    """An uncalibrated CPU, and speeds that lack a class of operations; the note names it."""
     assert plan_full(workshop, "cpu").step_time is None
     plan = plan_full(workshop, str(write_device(tmp_path / "device.json")))
     assert plan.step_time is None

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 from peftbench.common.filesystem import load_json_resources
 from peftbench.distributed.device_capability import DeviceCapability
 from peftbench.errors import DeviceError, did_you_mean
-from peftbench.timing.data_sheet import DataSheetFigures
-from peftbench.timing.figures import Figures, MeasuredFigures
+from peftbench.timing.data_sheet import DataSheetSpeeds
+from peftbench.timing.speeds import DeviceSpeeds, MeasuredSpeeds
 
 
 class DeviceFacts(BaseModel):
@@ -44,8 +44,8 @@ class DeviceFacts(BaseModel):
     memory_bytes_per_second: int | None = Field(default=None, gt=0)
     """Memory bandwidth by the data sheet; None if unknown."""
     memory_speed_source: str | None = None
-    measured_speed: MeasuredFigures | None = None
-    """Figures of ``peftbench calibrate``; None if it did not measure this device."""
+    measured_speed: MeasuredSpeeds | None = None
+    """Speeds of ``peftbench calibrate``; None if it did not measure this device."""
 
     @field_validator("memory", mode="before")
     @classmethod
@@ -53,13 +53,13 @@ class DeviceFacts(BaseModel):
         return value if isinstance(value, (list, tuple)) else (value, value)
 
     @property
-    def figures(self) -> Figures | None:
-        """How long operations take: measured, else by the data sheet; None if neither is known."""
+    def speeds(self) -> DeviceSpeeds | None:
+        """Return the time of each operation: measured, else by the data sheet; None if neither is known."""
         if self.measured_speed is not None:
             return self.measured_speed
         if self.memory_bytes_per_second is None:
             return None
-        return DataSheetFigures(self.torch_name, self.memory_bytes_per_second)
+        return DataSheetSpeeds(self.torch_name, self.memory_bytes_per_second)
 
     @property
     def least_memory(self) -> int:

@@ -88,7 +88,7 @@ def format_plan(plan: Plan) -> str:
 
 
 def _format_step_time(step_time: StepTime) -> str:
-    """Return seconds and tokens per second of a step, as ranges unless measured figures give one value."""
+    """Return seconds and tokens per second of a step, as ranges unless both ends are equal."""
     seconds = _format_value_range(*step_time.seconds)
     tokens = _format_value_range(*step_time.tokens_per_second)
     return f"time: {seconds} s a step, {tokens} tokens/s ({step_time.basis})"

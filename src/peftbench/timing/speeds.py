@@ -1,4 +1,4 @@
-"""Figures of a device: how long each kind of operation takes, from measurements or from a data sheet."""
+"""Speeds of a device: how long each kind of operation takes, from measurements or from a data sheet."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FALLBACK_CLASS: dict[KernelClass, KernelClass] = {"adamw8bit": "adamw"}
 """A class to use if a class was not measured: its library was not installed."""
 
 
-class MissingFigureError(Exception):
-    """The figures do not cover an operation; the message is a clause."""
+class MissingSpeedError(Exception):
+    """The speeds do not cover an operation; the message is a clause."""
 
 
-class Figures(Protocol):
+class DeviceSpeeds(Protocol):
     """Times of single operations on one device."""
 
     @property
@@ -36,13 +36,13 @@ class Figures(Protocol):
 
     @property
     def basis(self) -> str:
-        """Where the figures are from, as a clause."""
+        """Return the source of the speeds, as a clause."""
 
     def estimate_operation(self, operation: Operation) -> SecondsRange:
         """Return the seconds of one operation without its launch: minimum and maximum.
 
         Raises:
-            MissingFigureError: the figures do not cover it.
+            MissingSpeedError: the speeds do not cover it.
         """
 
 
@@ -88,8 +88,8 @@ class TrafficPoint(_Frozen):
     seconds: _Positive
 
 
-class MeasuredFigures(_Frozen):
-    """Figures that ``peftbench calibrate`` measured on one machine."""
+class MeasuredSpeeds(_Frozen):
+    """Speeds that ``peftbench calibrate`` measured on one machine."""
 
     machine: str
     torch_version: str
@@ -125,7 +125,7 @@ class MeasuredFigures(_Frozen):
             if not operation.nbytes:
                 return 0.0
             if self.link_bytes_per_second is None:
-                raise MissingFigureError("the bandwidth between processes was not measured")
+                raise MissingSpeedError("the bandwidth between processes was not measured")
             return operation.nbytes / self.link_bytes_per_second
         if not operation.nbytes:
             return 0.0
@@ -135,7 +135,7 @@ class MeasuredFigures(_Frozen):
         """Return FLOP/s of a product, from the measured shapes nearest to it."""
         points = self._products_by_dtype.get(operation.dtype)
         if points is None:
-            raise MissingFigureError(f"products in {operation.dtype} were not measured")
+            raise MissingSpeedError(f"products in {operation.dtype} were not measured")
         return _average_rate(
             operation.dims,
             [
@@ -148,7 +148,7 @@ class MeasuredFigures(_Frozen):
         direction = "backward" if "backward" in operation.name else "forward"
         points = [point for point in self.attention if point.direction == direction and point.dtype == operation.dtype]
         if not points:
-            raise MissingFigureError(f"attention in {operation.dtype} was not measured")
+            raise MissingSpeedError(f"attention in {operation.dtype} was not measured")
         # Full attention computes twice the pairs of causal attention at about the same rate.
         return _average_rate(operation.dims, [(point.dims, 0.0, point.flops / point.seconds) for point in points])
 
@@ -159,7 +159,7 @@ class MeasuredFigures(_Frozen):
             for name in (dtype, "fp32"):
                 if table := self._traffic_tables.get((candidate, name)):
                     return table
-        raise MissingFigureError(f"operations of the class {kernel_class} were not measured")
+        raise MissingSpeedError(f"operations of the class {kernel_class} were not measured")
 
     @cached_property
     def _products_by_dtype(self) -> dict[str, list[ProductPoint]]:
