@@ -50,11 +50,7 @@ def estimate(
         recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.dp_world_size
     )
     simulation = MemorySimulation(
-        _replace_paged_optimizer(recipe),
-        facts.capability,
-        accumulation,
-        has_padding=rows > 1,
-        launch_config=launch_config,
+        _without_paging(recipe), facts.capability, accumulation, has_padding=rows > 1, launch_config=launch_config
     )
     width = _max_sequence_length(recipe, simulation.max_positions)
     label_count = count_labeled_tokens(recipe, width)
@@ -139,7 +135,7 @@ def _simulate_phases(simulation: MemorySimulation, recipe: Recipe, rows: int, wi
             simulation.simulate_generation(num_sequences, width - evaluate.max_new_tokens, evaluate.max_new_tokens)
 
 
-def _replace_paged_optimizer(recipe: Recipe) -> Recipe:
+def _without_paging(recipe: Recipe) -> Recipe:
     """Replace a paged optimizer with its unpaged variant, whose states have the same size."""
     return recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
 
