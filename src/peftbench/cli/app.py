@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from peftbench.cli.cache import cache
+from peftbench.cli.calibrate import calibrate
 from peftbench.cli.data import data
 from peftbench.cli.evaluate import evaluate
 from peftbench.cli.export import export
@@ -46,7 +47,22 @@ def _read_global_options(
     """Accept options without a command."""
 
 
-for _command in (run, train, evaluate, export, submit, status, estimate, fit, report, compare, show, data, cache):
+for _command in (
+    run,
+    train,
+    evaluate,
+    export,
+    submit,
+    status,
+    estimate,
+    fit,
+    calibrate,
+    report,
+    compare,
+    show,
+    data,
+    cache,
+):
     app.command(help=TRAIN_HELP if _command is train else None)(_command)
 
 

@@ -17,7 +17,10 @@ BudgetOption = Annotated[
 ]
 DeviceOption = Annotated[
     Optional[str],
-    typer.Option(help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: a generic GPU of unknown memory size."),
+    typer.Option(
+        help="Device to plan for, e.g. t4, a10g, h100 or cpu, or a file of peftbench calibrate. Default: a generic GPU "
+        "of unknown memory size."
+    ),
 ]
 AccelerateOption = Annotated[
     Optional[str],

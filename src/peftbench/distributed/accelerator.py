@@ -313,10 +313,11 @@ def describe_device(accelerator: Accelerator) -> Device:
         return Device(
             type="cuda", name=properties.name, num_processes=num_processes, memory_bytes=properties.total_memory
         )
-    return Device(type=accelerator.device.type, name=_cpu_name(), num_processes=num_processes)
+    return Device(type=accelerator.device.type, name=read_cpu_name(), num_processes=num_processes)
 
 
-def _cpu_name() -> str:
+def read_cpu_name() -> str:
+    """Return the processor's name, "unknown" if the system does not report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

@@ -18,6 +18,7 @@ from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.plan import Plan, Verdict
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
 from peftbench.memory.simulation.simulated_run import RunSize, simulate_run
+from peftbench.memory.step_time import predict_time
 from peftbench.modeling.loading import get_max_positions, load_config
 from peftbench.training.data import build_layout
 
@@ -43,8 +44,7 @@ def estimate(
         PeftbenchError: the recipe itself cannot run.
     """
     check_supported(recipe, launch_config.engine, facts.device_type)
-    if recipe.train.resolved_precision == "bf16" and facts.device_type == "cuda" and not facts.capability.has_bf16:
-        raise PrecisionError(f"{facts.torch_name} does not support train.precision=bf16; use fp16 or fp32")
+    _check_precision(recipe, facts)
     accumulation, rows = compute_micro_batching(
         recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.dp_world_size
     )
@@ -53,11 +53,12 @@ def estimate(
     label_count = count_labeled_tokens(recipe, width)
     rows_per_step = max(1, recipe.train.global_batch_size // launch_config.dp_world_size)
     run = simulate_run(
-        _replace_paged_optimizer(recipe),
+        _without_paging(recipe),
         facts.capability,
         RunSize(rows, width, label_count.tokens, accumulation, rows_per_step),
         launch_config,
     )
+    step_time, time_notes = predict_time(run.operation_counts, recipe, facts, width)
     events = run.events
     replay = replay_allocator(events, facts.device_type)
     context, workspaces = _to_int_range(facts.context), _to_int_range(facts.workspaces)
@@ -88,8 +89,15 @@ def estimate(
         budget_bytes=budget_bytes,
         verdict=verdict,
         margin_bytes=margin,
-        notes=(*_build_notes(recipe, facts, width, label_count, paged_bytes), *run.notes),
+        step_time=step_time,
+        notes=(*_build_notes(recipe, facts, width, label_count, paged_bytes), *run.notes, *time_notes),
     )
+
+
+def _check_precision(recipe: Recipe, facts: DeviceFacts) -> None:
+    """Raise PrecisionError for bf16 on a GPU without it."""
+    if recipe.train.resolved_precision == "bf16" and facts.device_type == "cuda" and not facts.capability.has_bf16:
+        raise PrecisionError(f"{facts.torch_name} does not support train.precision=bf16; use fp16 or fp32")
 
 
 def _compute_resident_bytes(process: tuple[int, int], facts: DeviceFacts) -> tuple[int, int]:
@@ -117,7 +125,7 @@ def _judge_budget(
     return verdict, (budget_bytes - process[1], budget_bytes - process[0])
 
 
-def _replace_paged_optimizer(recipe: Recipe) -> Recipe:
+def _without_paging(recipe: Recipe) -> Recipe:
     """Replace a paged optimizer with its unpaged variant, whose states have the same size."""
     return recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from peftbench.timing.prediction import StepTime
+
 Verdict = Literal["fits", "does not fit", "too close to say"]
 
 
@@ -64,6 +66,8 @@ class Plan(_FrozenModel):
     verdict: Verdict | None
     margin_bytes: tuple[int, int] | None
     """Budget minus the process's bytes (negative if it does not fit): minimum and maximum."""
+    step_time: StepTime | None = None
+    """Predicted time of an optimizer step; None if the device's speed is unknown."""
     suggestion: str | None = None
     """If the run does not fit: the cheapest change that is predicted to fit, or that there is none."""
     notes: tuple[str, ...] = ()
@@ -93,7 +97,8 @@ class Strategy(_FrozenModel):
     """Change of the arithmetic by each technique (``Technique.numerics_change``), largest first."""
     plan: Plan
     step_seconds: float | None
-    """Seconds of a step at the device's peak FLOP/s by its data sheet, for ratios only; None if unknown."""
+    """Predicted seconds of a step, for ratios: the geometric mean of the range. Without a predicted range, at the
+    device's peak FLOP/s by its data sheet. None if unknown."""
 
     @property
     def name(self) -> str:

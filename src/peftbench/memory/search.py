@@ -412,5 +412,11 @@ def build_strategy(recipe: Recipe, techniques: tuple[Technique, ...], plan: Plan
         tradeoffs=tuple(technique.tradeoff for technique in techniques if technique.tradeoff),
         numerics_changes=tuple(sorted((technique.numerics_change for technique in techniques), reverse=True)),
         plan=plan,
-        step_seconds=plan.step_flops / peak if plan.step_flops and peak else None,
+        step_seconds=_compute_step_seconds(plan, peak),
     )
+
+
+def _compute_step_seconds(plan: Plan, peak_flops: float | None) -> float | None:
+    if plan.step_time is not None:
+        return plan.step_time.typical_seconds
+    return plan.step_flops / peak_flops if plan.step_flops and peak_flops else None

@@ -32,12 +32,12 @@ class FlopCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if self.total_flops is not None and not self._is_excluded():
             try:
-                self.total_flops += self._count_kernel_flops(func, args, kwargs, result)
+                self.total_flops += self.count_kernel_flops(func, args, kwargs, result)
             except Exception:  # unknown version or shape; the step must not fail
                 self.total_flops = None
         return result
 
-    def _count_kernel_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    def count_kernel_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Return the FLOPs of one kernel, 0 if it is not a matrix product."""
         formula = self._formulas.get(func._overloadpacket)
         if func.namespace != "torch_attn" and formula is None:

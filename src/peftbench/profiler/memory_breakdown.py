@@ -243,11 +243,10 @@ class MemoryTracker(TorchDispatchMode):
         is_forward = self.get_step_part() == "forward" or (backward and torch.is_grad_enabled())
         results = tree_leaves(result)
         items = args[0] if args and isinstance(args[0], (list, tuple)) else None
-        is_itemwise = items is not None and len(items) == len(results)
         self._input_layer = None if items is not None else self._find_input_layer(args)
         for index, tensor in enumerate(results):
             if isinstance(tensor, torch.Tensor):
-                if is_itemwise:
+                if items is not None and len(items) == len(results):
                     self._input_layer = self._find_input_layer([items[index]])
                 self._track_result(tensor, is_weight_copy=is_weight_copy, is_forward=is_forward)
         if items is not None:

@@ -14,9 +14,11 @@ from peftbench.memory.simulation import simulated_run
 from peftbench.memory.simulation.layer_expansion import UnequalLayersError, extrapolate_events
 from peftbench.memory.simulation.repeating_layers import KeptLayers, LayerPattern, find_pattern
 from peftbench.memory.simulation.simulated_run import RunSize, SimulatedRun, simulate_run
+from peftbench.methods import AnyMethod
 from peftbench.methods.base import Method
 from peftbench.profiler.memory_breakdown import MemoryEvent
-from peftbench.recipe.schema import AnyMethod, Recipe
+from peftbench.recipe.schema import Recipe
+from peftbench.timing.operations import sum_flops
 from tests.helpers.architectures import EXPERTS, GPT2_KEYS, PLAIN, WINDOW, WITH_HEAD_DIM
 from tests.helpers.sweeps import mark_slow
 from tests.helpers.workshop import Workshop
@@ -56,7 +58,9 @@ FAST = {
     *((family, "lora", True) for family in ("gpt2", "gemma2")),
     *(("llama", method, False) for method in ("full 8-bit", "qlora", "prompt tuning")),
 }
-CASES = [(family, method, checkpointing) for family in FAMILIES for method in METHODS for checkpointing in (False, True)]
+CASES = [
+    (family, method, checkpointing) for family in FAMILIES for method in METHODS for checkpointing in (False, True)
+]
 assert CASES
 
 
@@ -86,14 +90,17 @@ def check_equal(few: SimulatedRun, whole: SimulatedRun) -> None:
     assert whole.num_simulated_layers is None
     assert few.step_flops == whole.step_flops
     assert few.notes == whole.notes
+    assert sum_flops(few.operation_counts) == sum_flops(whole.operation_counts)
+    assert few.operation_counts.total() == whole.operation_counts.total()
     assert [event._replace(layer=None) for event in few.events] == whole.events
 
 
-@pytest.mark.parametrize(("family", "method", "checkpointing"), mark_slow(CASES, FAST.__contains__, seed=5, one_in=150))
+@pytest.mark.parametrize("case", mark_slow(CASES, lambda case: case[0] in FAST, seed=5, one_in=150))
 def test_few_layers_give_the_events_of_all_layers(
-    family: str, method: str, checkpointing: bool, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: tuple[str, str, bool], workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Storages, their sizes, categories and order, FLOPs and notes are equal."""
+    """Storages, their sizes, categories and order, FLOPs, operations and notes are equal."""
+    family, method, checkpointing = case
     recipe = build_recipe(family, method, workshop, tmp_path, checkpointing=checkpointing)
     few = simulate(recipe)
     period = FAMILIES[family][1]

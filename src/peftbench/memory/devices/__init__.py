@@ -1,15 +1,18 @@
-"""Device profiles, one JSON file each: total memory, CUDA context and library workspaces."""
+"""Device profiles, one JSON file each: total memory, CUDA context and library workspaces, and speeds."""
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from peftbench.common.filesystem import load_json_resources
 from peftbench.distributed.device_capability import DeviceCapability
 from peftbench.errors import DeviceError, did_you_mean
+from peftbench.timing.data_sheet import DataSheetSpeeds
+from peftbench.timing.speeds import DeviceSpeeds, MeasuredSpeeds
 
 
 class DeviceFacts(BaseModel):
@@ -38,11 +41,25 @@ class DeviceFacts(BaseModel):
     device_type: Literal["cuda", "cpu"] = "cuda"
     is_assumed: bool = False
     """True if no device was named and these facts are an assumption."""
+    memory_bytes_per_second: int | None = Field(default=None, gt=0)
+    """Memory bandwidth by the data sheet; None if unknown."""
+    memory_speed_source: str | None = None
+    measured_speed: MeasuredSpeeds | None = None
+    """Speeds of ``peftbench calibrate``; None if it did not measure this device."""
 
     @field_validator("memory", mode="before")
     @classmethod
     def _expand_single_size(cls, value: object) -> object:
         return value if isinstance(value, (list, tuple)) else (value, value)
+
+    @property
+    def speeds(self) -> DeviceSpeeds | None:
+        """Return the time of each operation: measured, else by the data sheet; None if neither is known."""
+        if self.measured_speed is not None:
+            return self.measured_speed
+        if self.memory_bytes_per_second is None:
+            return None
+        return DataSheetSpeeds(self.torch_name, self.memory_bytes_per_second)
 
     @property
     def least_memory(self) -> int:
@@ -81,11 +98,13 @@ def load_devices() -> dict[str, DeviceFacts]:
 
 
 def get_device_facts(name: str) -> DeviceFacts:
-    """Return the profile called ``name``.
+    """Return the profile called ``name``, or the one in the file ``name`` if it ends with .json.
 
     Raises:
-        DeviceError: there is no such profile; the message suggests the nearest name.
+        DeviceError: there is no such profile, and the message suggests the nearest name; or the file is not a profile.
     """
+    if name.endswith(".json"):
+        return read_device_file(Path(name))
     if name not in load_devices():
         raise DeviceError(
             f"Unknown device {name!r}",
@@ -93,6 +112,27 @@ def get_device_facts(name: str) -> DeviceFacts:
             "e.g. --budget 16GiB",
         )
     return load_devices()[name]
+
+
+def read_device_file(path: Path) -> DeviceFacts:
+    """Return the profile in a file that ``peftbench calibrate`` wrote.
+
+    Raises:
+        DeviceError: the file does not exist, or it is not a profile.
+    """
+    try:
+        return DeviceFacts.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DeviceError(
+            f"--device {path} cannot be read ({error.strerror}); write it with peftbench calibrate --out {path}"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DeviceError(
+            f"--device {path} is not a device file: {key}: {first['msg']}; "
+            f"write it with peftbench calibrate --out {path}"
+        ) from error
 
 
 def get_facts_by_torch_name(torch_name: str, compute_capability: tuple[int, int] | None = None) -> DeviceFacts:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from peftbench.evaluation.metrics.selection import generates_text
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
+from peftbench.memory.simulation.architecture import build_layers, check_plannable
 from peftbench.memory.simulation.layer_expansion import NUM_UNITS, UnequalLayersError, extrapolate_events
 from peftbench.memory.simulation.repeating_layers import LayerPattern, describe_module, find_pattern
-from peftbench.memory.simulation.step import MemorySimulation, build_layers, check_plannable
+from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.timing.operations import OperationCounts, extrapolate
 
 if TYPE_CHECKING:
     from peftbench.distributed.device_capability import DeviceCapability
@@ -42,6 +44,8 @@ class SimulatedRun:
     events: list[MemoryEvent]
     step_flops: int | None
     """FLOPs of an optimizer step; None if unknown."""
+    operation_counts: OperationCounts
+    """Operations of an optimizer step."""
     notes: tuple[str, ...]
     num_simulated_layers: int | None = None
     """Layers that were simulated if not all were, and whose events were repeated; else None."""
@@ -65,7 +69,12 @@ def simulate_run(
     simulation = simulator.build()
     flops = simulator.count_flops(simulation)
     events = simulator.run(simulation)
-    return SimulatedRun(events, simulation.counted_flops if flops is None else flops, simulation.notes)
+    return SimulatedRun(
+        events,
+        simulation.counted_flops if flops is None else flops,
+        simulation.operation_log.count_step(simulation.accumulation),
+        simulation.notes,
+    )
 
 
 def find_layer_pattern(recipe: Recipe, launch_config: LaunchConfig = SINGLE_PROCESS) -> LayerPattern | None:
@@ -135,18 +144,20 @@ def _simulate_few_layers(simulator: _Simulator, pattern: LayerPattern) -> Simula
     Raises:
         UnequalLayersError: the events do not repeat.
     """
-    events, flops = [], []
+    events, flops, counts = [], [], []
     for num_units in (NUM_UNITS - 1, NUM_UNITS):
         kept = pattern.keep_units(num_units)
         simulation = simulator.build(kept)
         closed_form = simulator.count_flops(simulation)
         events.append(simulator.run(simulation))
         flops.append(simulation.counted_flops if closed_form is None else closed_form)
+        counts.append(simulation.operation_log.count_step(simulation.accumulation))
     few, some = flops
     added = pattern.num_units - NUM_UNITS
     return SimulatedRun(
         extrapolate_events(events[1], events[0], pattern.num_units),
         None if few is None or some is None else some + added * (some - few),
+        extrapolate(counts[0], counts[1], added),
         simulation.notes,
         len(kept.indices),
     )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftbench.common.dtypes import TORCH_DTYPES, get_autocast_dtype
+from peftbench.common.dtypes import get_autocast_dtype
 from peftbench.common.libraries import imports_without_gc
 from peftbench.data.batches import Batches, GlobalBatch, compute_micro_batching
 from peftbench.data.collate import Collator, MicroBatch, TokenCounts
@@ -27,38 +27,32 @@ from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.sharding import unshard_root
 from peftbench.errors import EstimateUnavailableError
 from peftbench.evaluation.metrics.selection import generates_text
-from peftbench.memory.families import with_bundled_config
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
+from peftbench.memory.simulation.architecture import build_base, check_plannable
 from peftbench.memory.simulation.device import DeviceEmulation
 from peftbench.memory.simulation.fake_accelerator import FakeAccelerator
-from peftbench.memory.simulation.model import build_meta_model
 from peftbench.memory.simulation.repeating_layers import KeptLayers, list_layers
 from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.modeling.activation_offload import ActivationOffload
-from peftbench.modeling.loading import load_config
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from peftbench.profiler.layer_tags import LayerTags
 from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
+from peftbench.timing.operations import OperationLog
 from peftbench.training.build import (
     TrainingComponents,
-    add_method,
     apply_method,
     build_optimizer,
     check_generation,
-    get_loaded_dtype,
     prepare_with_engine,
 )
 from peftbench.training.data import build_collator
 from peftbench.training.loop import train_step
 from peftbench.training.method_hooks import MethodHooks
-from peftbench.training.recipe_trial import try_recipe
 
 if TYPE_CHECKING:
-    from peftbench.modeling.loading import LoadedModel
     from peftbench.recipe.schema import Recipe
-    from peftbench.training.trial import Trial
 
 LabelCounts = int | Sequence[int]
 
@@ -118,7 +112,7 @@ class MemorySimulation:
         )
         self._trial = check_plannable(recipe)
         with imports_without_gc():  # imports the architecture's code and the method's library
-            self.loaded_model = _build_base(recipe, kept_layers)
+            self.loaded_model = build_base(recipe, kept_layers)
             with self._track_method_modules(), self.emulation.patch_libraries():
                 if generates_text(recipe):
                     check_generation(recipe, self.loaded_model)
@@ -135,6 +129,7 @@ class MemorySimulation:
         self.layers = list_layers(self.loaded_model.model)
         self._layer_tags = None if kept_layers is None else LayerTags(self.layers, kept_layers.tags)
         self.step_parts = _StepPartTracker(self.emulation)
+        self.operation_log = OperationLog(lambda: self.step_parts.current_part, device_type)
         self.original_forward = self.model.forward
         self._flop_counter: FlopCounter | None = None
         self._contexts = ExitStack()
@@ -303,7 +298,7 @@ class MemorySimulation:
                 self._start_tracking()
             self._run_step(batches.pop())
             self.memory_tracker.mark()
-            with self._build_flop_counter() or nullcontext() as self._flop_counter:
+            with self._build_flop_counter() or nullcontext() as self._flop_counter, self.operation_log:
                 self._run_step(batches.pop())
 
     def _build_flop_counter(self) -> FlopCounter | None:
@@ -420,46 +415,6 @@ class MemorySimulation:
                 [(sequence_length - count, sequence_length) for count in label_counts],
             )
             return batch.map(lambda tensor: tensor.to("meta")) if is_on_device else batch
-
-
-def build_layers(recipe: Recipe, kept_layers: KeptLayers | None = None) -> list[nn.Module]:
-    """Return the transformer layers of the recipe's model on the meta device, with the method added.
-
-    Raises:
-        PeftbenchError: the recipe does not fit this model.
-    """
-    with imports_without_gc():
-        base = _build_base(recipe, kept_layers)
-        # On the meta device no weights are initialized; some types of peft need values of their own weights.
-        with nullcontext() if recipe.method.needs_trial else torch.device("meta"):
-            add_method(recipe, base)
-    return list_layers(base.model)
-
-
-def _build_base(recipe: Recipe, kept_layers: KeptLayers | None) -> LoadedModel:
-    return build_meta_model(
-        recipe.model,
-        TORCH_DTYPES[recipe.train.resolved_precision],
-        TORCH_DTYPES[get_loaded_dtype(recipe)],
-        kept_layers=None if kept_layers is None else kept_layers.indices,
-    )
-
-
-def check_plannable(recipe: Recipe) -> Trial:
-    """Check that the recipe's method can be applied without values of weights; return its trial on the whole model.
-
-    Raises:
-        EstimateUnavailableError: it cannot.
-        UnsupportedModelError: it does not work on this architecture, or not with the recipe's settings.
-    """
-    with with_bundled_config(recipe.model) as model_config:
-        trial = try_recipe(recipe, load_config(model_config))
-    if trial.meta_problem is not None:
-        raise EstimateUnavailableError(
-            f"the memory of method.kind={recipe.method.kind} cannot be planned without the values of the weights: "
-            f"{trial.meta_problem}"
-        )
-    return trial
 
 
 def _autocast_forward(model: nn.Module, emulation: DeviceEmulation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ from peftbench.memory.plan import Plan, UnplannedRun, get_comparable_costs
 from peftbench.report.text.memory_categories import MEMORY_CATEGORY_LABELS
 
 if TYPE_CHECKING:
-    from peftbench.memory.plan import Fit, Verification
+    from peftbench.memory.plan import Fit, Strategy, Verification
+    from peftbench.timing.prediction import StepTime
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -75,12 +77,32 @@ def format_plan(plan: Plan) -> str:
         f"{unit.with_name(plan.reserved_bytes)} reserved",
         *_format_process_lines(plan, unit),
     ]
+    if plan.step_time is not None:
+        lines.append(_format_step_time(plan.step_time))
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
         margin = _format_margin(*plan.margin_bytes, _Unit.for_sizes([max(map(abs, plan.margin_bytes))]))
         lines.append(f"in {budget_unit.with_name(plan.budget_bytes)}: {plan.verdict} ({margin})")
     if plan.suggestion is not None:
         lines.append(f"suggestion: {plan.suggestion}")
     return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
+
+
+def _format_step_time(step_time: StepTime) -> str:
+    """Return seconds and tokens per second of a step, as ranges unless both ends are equal."""
+    seconds = _format_value_range(*step_time.seconds)
+    tokens = _format_value_range(*step_time.tokens_per_second)
+    return f"time: {seconds} s a step, {tokens} tokens/s ({step_time.basis})"
+
+
+def _format_value_range(low: float, high: float) -> str:
+    """Return both ends with two significant digits, or one value with three."""
+    return _round(low, 3) if low == high else f"{_round(low)} to {_round(high)}"
+
+
+def _round(value: float, digits: int = 2) -> str:
+    """Return a value with this many significant digits, without an exponent."""
+    decimals = digits - 1 - math.floor(math.log10(value))
+    return f"{round(value, decimals):,.{max(0, decimals)}f}"
 
 
 def _format_process_lines(plan: Plan, unit: _Unit) -> list[str]:
@@ -155,7 +177,7 @@ def format_fit(fit: Fit) -> str:
         for strategy, cost in zip(fit.strategies, costs, strict=True)
     ]
     best = fit.strategies[0]
-    basis = "data sheet FLOP/s" if best.step_seconds else "FLOPs, ignoring their precision"
+    basis = _describe_time_basis(best)
     return "\n".join(
         (
             tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
@@ -166,6 +188,12 @@ def format_fit(fit: Fit) -> str:
             *(f"note: {note}" for note in best.plan.notes),
         )
     )
+
+
+def _describe_time_basis(strategy: Strategy) -> str:
+    if strategy.plan.step_time is not None:
+        return f"simulated operations, {strategy.plan.step_time.basis}"
+    return "data sheet FLOP/s" if strategy.step_seconds else "FLOPs, ignoring their precision"
 
 
 def _format_models(fit: Fit, budget: str) -> str:

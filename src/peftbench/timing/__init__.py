@@ -1,0 +1,1 @@
+"""Seconds of an optimizer step, predicted from its simulated operations."""
