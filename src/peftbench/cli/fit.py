@@ -75,8 +75,8 @@ _FamilyOption = Annotated[
     typer.Option(
         "--largest-model",
         metavar="FAMILY",
-        help="Of a recipe: find the largest model that fits, not the largest micro-batch. FAMILY: gpt2, llama3 or "
-        "qwen2.5.",
+        help="Of a recipe: find the largest model of this family that fits, not the largest micro-batch, e.g. llama3. "
+        "The error for an unknown name lists the known ones.",
     ),
 ]
 

@@ -7,7 +7,7 @@ gradients and frees the logits; the backward pass only scales the gradients. Not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -39,13 +39,18 @@ def cross_entropy_per_token(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor:
     """Return the same cross-entropy for each position, without gradients: (positions,), float32."""
-    rows = max(1, CHUNK_LOGITS // weight.shape[0])
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    losses = [
-        functional.cross_entropy(functional.linear(part, weight, bias).float(), expected, reduction="none")
-        for part, expected in parts
-    ]
-    return torch.cat(losses)
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    for part in iterate_chunks(hidden.shape[0], weight.shape[0]):
+        logits = functional.linear(hidden[part], weight, bias).float()
+        losses[part] = functional.cross_entropy(logits, targets[part], reduction="none")
+    return losses
+
+
+def iterate_chunks(num_positions: int, vocabulary: int) -> Iterator[slice]:
+    """Yield the positions of each chunk of logits. A simulation replaces this function, since full chunks repeat."""
+    rows = max(1, CHUNK_LOGITS // vocabulary)
+    for start in range(0, num_positions, rows):
+        yield slice(start, start + rows)
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -64,13 +69,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Compute the loss and the gradients that the backward pass needs."""
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         matrix = weight.to(dtype)
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
         total = hidden.new_zeros((), dtype=torch.float32)
         to_hidden = torch.empty_like(hidden) if needs[0] else None
         to_weight = torch.zeros_like(weight) if needs[1] else None
         to_bias = torch.zeros_like(bias) if needs[2] else None
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
+        for part in iterate_chunks(hidden.shape[0], weight.shape[0]):
             states, expected = hidden[part].to(dtype), targets[part, None]
             logits = functional.linear(states, matrix, None if bias is None else bias.to(dtype)).float()
             logits -= logits.logsumexp(dim=-1, keepdim=True)

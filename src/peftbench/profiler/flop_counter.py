@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from peftbench.profiler.repetition import get_repetitions
+
 
 class FlopCounter(TorchDispatchMode):
     """Counts the FLOPs of every matrix product dispatched within, backward passes and recomputation included."""
@@ -32,7 +34,7 @@ class FlopCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if self.total_flops is not None and not self._is_excluded():
             try:
-                self.total_flops += self.count_kernel_flops(func, args, kwargs, result)
+                self.total_flops += self.count_kernel_flops(func, args, kwargs, result) * get_repetitions()
             except Exception:  # unknown version or shape; the step must not fail
                 self.total_flops = None
         return result

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.profiler.repetition import get_repetitions
 from peftbench.timing.tensor_traffic import count_traffic, is_metadata_only, iter_list_items, list_tensors
 
 OperationKind = Literal["product", "attention", "elementwise", "optimizer", "exchange", "metadata"]
@@ -89,7 +90,7 @@ class OperationLog(TorchDispatchMode):
         if self._device_type == "cpu" or any(tensor.is_meta for tensor in list_tensors((args, kwargs, result))):
             counts = self._enter_part()
             for operation in self._describe(func, args, kwargs, result):
-                counts[operation] += 1
+                counts[operation] += get_repetitions()
         return result
 
     def _enter_part(self) -> OperationCounts:

@@ -23,16 +23,14 @@ class MicroBatchLimit(_Answer):
 
 
 class Speed(_Answer):
-    """Tokens per second, and time and price of a number of examples."""
+    """Tokens per second, and time and price of a number of examples: minimum and maximum of each."""
 
-    tokens_per_second: float
-    hours: float
-    price: float | None
+    tokens_per_second: tuple[float, float]
+    hours: tuple[float, float]
+    price: tuple[float, float] | None
     """Price of these hours, None if no price per hour is known."""
     basis: str
     """Clause on where the numbers come from."""
-    is_bound: bool
-    """True if no run can be faster; False for an expected speed."""
 
 
 class MethodFit(_Answer):

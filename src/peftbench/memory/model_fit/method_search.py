@@ -138,7 +138,7 @@ def fit_method(method: FitMethod, recipe: Recipe, target: MemoryTarget, settings
         micro_batches=limits,
         longest_context=longest,
         host_bytes=compute_host_bytes(recipe, target.launch_config, settings.parameters),
-        speed=describe_speed(plan, target, precision, settings.workload),
+        speed=describe_speed(plan, settings.workload),
         change=None if plan.verdict == "fits" else _find_change(points, plan, longest),
         num_plans=len(points.plans),
     )

@@ -19,7 +19,7 @@ from peftbench.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from peftbench.memory.families import load_families, with_bundled_config
+from peftbench.memory.families import find_member, list_model_names, with_bundled_config
 from peftbench.modeling.model_folder import CONFIG_FILE
 from peftbench.recipe.arguments import split_arguments
 
@@ -103,22 +103,21 @@ def open_model(argument: str) -> Iterator[ModelSource]:
 
 def _find_shipped_name(argument: str) -> str | None:
     """Return the full name of a shipped config by its name, or by the part after the owner, in any case."""
-    wanted = argument.lower()
-    return next((name for name in _list_shipped_names() if wanted in {name.lower(), _get_short_name(name)}), None)
+    found = find_member(argument)
+    if found is None:
+        return None
+    wanted = argument.casefold()
+    return next(name for name in found[1].names if wanted in {name.casefold(), _get_short_name(name)})
 
 
 def _get_short_name(name: str) -> str:
-    return name.rpartition("/")[2].lower()
+    return name.rpartition("/")[2].casefold()
 
 
 def _find_nearest_name(name: str) -> str:
     """Return the shipped name that is most similar, compared without the owner."""
-    names = {_get_short_name(shipped): shipped for shipped in _list_shipped_names()}
+    names = {_get_short_name(shipped): shipped for shipped in list_model_names()}
     return names[difflib.get_close_matches(_get_short_name(name), names, n=1, cutoff=0.0)[0]]
-
-
-def _list_shipped_names() -> list[str]:
-    return [member.name for family in load_families().values() for member in family.members]
 
 
 def _read_model(path: str, argument: str | None = None) -> tuple[PreTrainedConfig, int]:

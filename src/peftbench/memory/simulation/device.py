@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, Self
 from unittest.mock import patch
 
@@ -28,6 +29,7 @@ from peftbench.memory.simulation.autocast_ops import FP32, FP32_SET_OPT_DTYPE, L
 from peftbench.memory.simulation.normalization import normalize_on_cpu
 from peftbench.modeling import attention, cross_entropy
 from peftbench.modeling.sdpa_kernels import KernelChoice, SdpaDevice
+from peftbench.profiler.repetition import repeat_counts
 
 DeviceType = Literal["cuda", "cpu"]
 _FAKE_SCALARS = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}
@@ -119,6 +121,7 @@ class DeviceEmulation(TorchFunctionMode):
                 "_compute_dtype",
                 lambda hidden: self.autocast_dtype if self._autocast_enabled else hidden.dtype,
             )
+            put(cross_entropy, "iterate_chunks", partial(_iterate_few_chunks, cross_entropy.iterate_chunks))
             put(
                 attention,
                 "_is_upcast_to_float32",
@@ -246,6 +249,27 @@ class DeviceEmulation(TorchFunctionMode):
         if cached is None:
             cached = self._cached_casts[id(tensor)] = weakref.ref(tensor), tensor.to(self.autocast_dtype)
         return cached[1]
+
+
+_SIMULATED_CHUNKS = 3
+
+
+def _iterate_few_chunks(
+    iterate_chunks: Callable[[int, int], Iterator[slice]], num_positions: int, vocabulary: int
+) -> Iterator[slice]:
+    """Yield the first three chunks of logits and the last one, if it is shorter.
+
+    The third full chunk stands for all later ones: it allocates what the second one released, and so do they.
+    """
+    chunks = list(iterate_chunks(num_positions, vocabulary))
+    num_full = sum(chunk.stop <= num_positions for chunk in chunks)
+    if num_full <= _SIMULATED_CHUNKS:
+        yield from chunks
+        return
+    yield from chunks[: _SIMULATED_CHUNKS - 1]
+    with repeat_counts(num_full - _SIMULATED_CHUNKS + 1):
+        yield chunks[_SIMULATED_CHUNKS - 1]
+    yield from chunks[num_full:]
 
 
 def _is_low_precision(value: object) -> bool:

@@ -101,17 +101,23 @@ def _group_by_unit(events: Sequence[MemoryEvent]) -> list[_Run]:
 
 
 def _assign_lone_releases(runs: list[_Run], owners: dict[int, int | None]) -> list[_Run]:
-    """Split runs without a unit by the units of their storages, unless they lie within a unit or between neighbors."""
+    """Split runs without a unit by the units of their storages, except in a middle unit and between neighbors."""
     assigned: list[_Run] = []
     for index, run in enumerate(runs):
         before = runs[index - 1].unit if index else None
         after = runs[index + 1].unit if index + 1 < len(runs) else None
-        is_gap = before is not None and after is not None and abs(before - after) <= 1
-        if run.unit is not None or is_gap:
+        if run.unit is not None or _is_gap(before, after):
             assigned.append(run)
         else:
             assigned += _split_by_unit(run.events, [owners[event.storage_id] for event in run.events])
     return assigned
+
+
+def _is_gap(before: int | None, after: int | None) -> bool:
+    """True if events between these units lie within a middle unit or between two neighbors."""
+    if before is None or after is None:
+        return False
+    return abs(before - after) == 1 or (before == after and before in (_LOWER, _REPEATED))
 
 
 def _split_by_unit(events: Sequence[MemoryEvent], units: Sequence[int | None]) -> list[_Run]:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftbench.evaluation.metrics.selection import generates_text
+from peftbench.memory.families import with_bundled_config
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.simulation.architecture import build_layers, check_plannable
 from peftbench.memory.simulation.layer_expansion import NUM_UNITS, UnequalLayersError, extrapolate_events
 from peftbench.memory.simulation.repeating_layers import LayerPattern, describe_module, find_pattern
 from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.methods.small_copy import identify
+from peftbench.modeling.loading import load_config
 from peftbench.timing.operations import OperationCounts, extrapolate
 
 if TYPE_CHECKING:
@@ -89,6 +92,25 @@ def find_layer_pattern(recipe: Recipe, launch_config: LaunchConfig = SINGLE_PROC
     if not launch_config.is_single_process or recipe.optimizer.freezes_blocks:
         return None
     check_plannable(recipe)
+    key = _identify_architecture(recipe)
+    if key not in _patterns:
+        _patterns[key] = _find_verified_pattern(recipe)
+    return _patterns[key]
+
+
+_patterns: dict[tuple[str, ...], LayerPattern | None] = {}
+
+
+def _identify_architecture(recipe: Recipe) -> tuple[str, ...]:
+    """Return what decides the layers of a recipe's model."""
+    with with_bundled_config(recipe.model) as model_config:
+        config = identify(load_config(model_config))
+    sections = (recipe.model.model_dump_json(), recipe.method.model_dump_json(), recipe.optimizer.model_dump_json())
+    return (config, *sections, recipe.train.resolved_precision)
+
+
+def _find_verified_pattern(recipe: Recipe) -> LayerPattern | None:
+    """Return the pattern of the whole model, unless models with few layers have other layers."""
     layers = build_layers(recipe)
     pattern = find_pattern(layers)
     if pattern is None:

@@ -48,8 +48,6 @@ def _describe(answer: FitAnswer) -> str:
 def _build_table(answer: FitAnswer) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     has_price = any(row.speed is not None and row.speed.price is not None for row in answer.methods)
-    is_bound = any(row.speed is not None and row.speed.is_bound for row in answer.methods)
-    upper, lower = (" at\nmost", " at\nleast") if is_bound else ("", "")
     has_host = any(row.host_bytes is not None for row in answer.methods)
     heads = [
         "method",
@@ -59,9 +57,9 @@ def _build_table(answer: FitAnswer) -> Table:
         *(["CPU\nGiB"] if has_host else []),
         *(f"rows\nat {_format_tokens(length)}" for length in answer.column_lengths),
         "longest\ncontext",
-        f"tok/s{upper}",
-        f"hours{lower}",
-        *([f"price{lower}"] if has_price else []),
+        "tok/s",
+        "hours",
+        *(["price"] if has_price else []),
     ]
     for index, head in enumerate(heads):
         table.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
@@ -83,9 +81,9 @@ def _format_row(row: MethodFit, answer: FitAnswer, *, has_host: bool, has_price:
         *host,
         *(limits or [_UNKNOWN] * len(answer.column_lengths)),
         _UNKNOWN if row.longest_context is None else f"{row.longest_context:,}",
-        _UNKNOWN if speed is None else f"{speed.tokens_per_second:,.0f}",
-        _UNKNOWN if speed is None else _format_amount(speed.hours),
-        *([_UNKNOWN if price is None else _format_amount(price)] if has_price else []),
+        _UNKNOWN if speed is None else _format_range(speed.tokens_per_second),
+        _UNKNOWN if speed is None else _format_range(speed.hours),
+        *([_UNKNOWN if price is None else _format_range(price)] if has_price else []),
     ]
 
 
@@ -99,11 +97,20 @@ def _format_count(number: int) -> str:
     return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
 
 
+def _format_range(values: tuple[float, float]) -> str:
+    """Return e.g. "0.31–1.2" or "12k–45k"; one number if both are equal."""
+    least, most = map(_format_amount, values)
+    return least if least == most else f"{least}–{most}"
+
+
 def _format_amount(value: float) -> str:
-    """Return hours or a price with two decimals, or without decimals from 100 on."""
+    """Return two digits of a number, e.g. 0.31, 4.2, 87, 140 or 45k."""
     if value < 0.01:
         return "<0.01"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+    rounded = float(f"{value:.2g}")
+    if rounded >= 1000:
+        return f"{rounded / 1000:g}k"
+    return f"{rounded:g}"
 
 
 def _iter_changes(answer: FitAnswer) -> Iterator[str]:
@@ -123,9 +130,9 @@ def _iter_notes(answer: FitAnswer) -> Iterator[str]:
     )
     yield (f"note: hours are for {answer.num_examples:,} examples of {answer.tokens_per_example:,.0f} tokens, one pass")
     bases = dict.fromkeys(row.speed.basis for row in answer.methods if row.speed is not None)
-    yield from (f"note: speed is from {basis}" for basis in bases)
+    yield from (f"note: speeds are predicted {basis}" for basis in bases)
     if not bases:
-        yield "note: no speed is given, since the device's FLOP/s are not known"
+        yield "note: no speed is given, since the device's FLOP/s or memory bandwidth are not known"
     yield from (f"note: {terminal_safe(note)}" for note in answer.notes)
 
 
