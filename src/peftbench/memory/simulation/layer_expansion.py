@@ -130,6 +130,18 @@ def _split_by_unit(events: Sequence[MemoryEvent], units: Sequence[int | None]) -
     return runs
 
 
+def _find_last_unit(neighbors: Sequence[_Run]) -> list[MemoryEvent]:
+    """Return the events of the last unit next to a pass: the repeated unit may release storages of its neighbor."""
+    for run in neighbors:
+        if run.unit is not None:
+            return run.events if run.unit == _LAST else []
+    return []
+
+
+def _count_allocations(events: Sequence[MemoryEvent]) -> int:
+    return sum(event.is_allocation for event in events)
+
+
 class _Extrapolation:
     """Builds the events of a model with ``num_units`` units from the runs of a model with four.
 
@@ -204,7 +216,11 @@ class _Extrapolation:
             second = second + self._runs[end].events
             end += 1
         lower, repeated = (first, second) if is_ascending else (second, first)
-        self._register_last_unit(index, end, layer_pass, is_ascending=is_ascending)
+        neighbors = self._runs[end : end + 2] if is_ascending else self._runs[max(0, index - 2) : index][::-1]
+        last = _find_last_unit(neighbors)
+        # A last unit with more layers than the others has additional allocations at the end of the model.
+        added = 0 if is_ascending else _count_allocations(last) - _count_allocations(repeated)
+        self._register(last, layer_pass, _LAST, first_ordinal=-added)
         self._register(lower, layer_pass, _LOWER)
         self._register(repeated, layer_pass, _REPEATED)
         if is_ascending:
@@ -215,18 +231,9 @@ class _Extrapolation:
             self._emit(lower, _LOWER)
         return end
 
-    def _register_last_unit(self, start: int, end: int, layer_pass: int, *, is_ascending: bool) -> None:
-        """Register the last unit's run of a pass: the repeated unit may release storages of its upper neighbor."""
-        neighbors = self._runs[end : end + 2] if is_ascending else self._runs[max(0, start - 2) : start][::-1]
-        for run in neighbors:
-            if run.unit == _LAST:
-                self._register(run.events, layer_pass, _LAST)
-            if run.unit is not None:
-                return
-
-    def _register(self, events: Sequence[MemoryEvent], layer_pass: int, unit: int) -> None:
-        """Register the storages that a unit allocates in a pass."""
-        for ordinal, event in enumerate(event for event in events if event.is_allocation):
+    def _register(self, events: Sequence[MemoryEvent], layer_pass: int, unit: int, *, first_ordinal: int = 0) -> None:
+        """Register the storages that a unit allocates in a pass; equal ones of all units have the same ordinal."""
+        for ordinal, event in enumerate((event for event in events if event.is_allocation), first_ordinal):
             signature = (layer_pass, ordinal, event.nbytes, event.category, event.operation)
             place = _Place(self._kinds.setdefault(signature, len(self._kinds)), unit)
             self._places[event.storage_id] = place
