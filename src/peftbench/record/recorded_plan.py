@@ -6,18 +6,20 @@ from peftbench.common.schema import RecordModel
 
 
 class PlannedMemory(RecordModel):
-    """Predicted memory of the training on rank 0, with rows of one size: those of the run's largest micro-batch."""
+    """Predicted memory of the training on rank 0, for rows of one size that fill the largest micro-batch of the run."""
 
     device_profile: str
     """Name of the device profile: torch's name of a GPU, ``a GPU`` for one without a profile, or ``CPU``."""
+    step: int | None
+    """Step whose rows were planned: on CPU the one of the memory breakdown. None: the largest rows of all steps."""
     micro_batch_size: int
     """Rows of the planned micro-batches."""
     sequence_length: int
     """Real tokens of each planned row."""
     labeled_tokens: int | None
-    """Labeled tokens of each planned row, as in the run; None if unknown, and the plan then has those of an estimate."""
+    """Labeled tokens of each planned row, as in the run; None if unknown: as many as an estimate assumes."""
     measured_positions: int
-    """Positions of the run's largest micro-batch, padding included: the most rows times the longest row."""
+    """Positions of the largest micro-batch of these steps, padding included: the most rows times the longest row."""
     peak_phase: str
     """Part of the step with the peak: forward, backward or optimizer; DeepSpeed merges the last two."""
     live_bytes: int

@@ -175,6 +175,7 @@ def full_memory() -> dict[str, Any]:
         "plan": RecordedPlan(
             predicted=PlannedMemory(
                 device_profile="CPU",
+                step=5,
                 micro_batch_size=2,
                 sequence_length=8,
                 labeled_tokens=3,
