@@ -38,7 +38,7 @@ class CardSize(NamedTuple):
     gigabytes: int
     """Their nominal memory, in GiB."""
     tensor_bytes: int
-    """What the smallest of them has for torch's allocator, after the largest context and workspaces."""
+    """Memory of the smallest of them for torch's allocator, without the largest context and workspaces."""
 
 
 @cache

@@ -37,4 +37,4 @@ class RecordedPlan(RecordModel):
 
     predicted: PlannedMemory | None = None
     reason: str | None = None
-    """Why the memory of this run cannot be predicted; None if it was."""
+    """The reason for which the memory of this run cannot be predicted; None if it was."""

@@ -101,7 +101,7 @@ def test_run_larger_than_all_cards_is_stated() -> None:
 
 
 def test_failed_run_and_cpu_run_name_no_card() -> None:
-    """What a failed run needs was not measured, and a run on CPU has no allocator of a GPU."""
+    """The need of a failed run was not measured, and a run on CPU has no allocator of a GPU."""
     memory = {"train": Memory(reserved_bytes=MIB)}
     failed = build_record("r", "lora", 10, device=GPU, memory=memory, outcome=Outcome(kind="oom", step=1))
     on_cpu = build_record("r", "lora", 10, memory={"train": Memory(rss_bytes=MIB)})
