@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from peftbench.data.batches import compute_micro_batching
 from peftbench.data.collate import PaddingFreeCollator
 from peftbench.distributed.engines import SINGLE
 from peftbench.memory.advisor import AdviceRequest, build_plan, request_plan
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
 from peftbench.memory.plan import Plan, UnplannedRun
-from peftbench.memory.search import with_evaluation_batch
+from peftbench.memory.search import with_evaluation_batch, with_micro_batch
 from peftbench.memory.suggestion import EVALUATION_PHASES
 from peftbench.record import PlannedMemory, RecordedPlan
 
 if TYPE_CHECKING:
+    from peftbench.data.batches import Batches
     from peftbench.recipe.schema import Recipe
     from peftbench.run.state import RunState
 
@@ -30,8 +32,10 @@ class _Rows:
     """The step that they are from, None for all steps."""
     positions: int
     """The most rows of a micro-batch times the longest row, padding included."""
-    length: int | None
-    """Tokens of equal rows that fill the largest micro-batch; None if unknown."""
+    size: int
+    """Rows of a micro-batch."""
+    length: int
+    """Tokens of equal rows that fill the largest micro-batch."""
     labeled_tokens: int | None
     """Labeled tokens of equal rows that have as many as the micro-batch with the most; None if unknown."""
 
@@ -44,27 +48,39 @@ class _Rows:
         steps = slice(None) if breakdown is None else slice(breakdown.step - 1, breakdown.step)
         shapes, counts = progress.step_shapes[steps], progress.step_max_labeled[steps]
         width = max(width for _, width in shapes)
-        length: int | None = width
+        size = batches.max_micro_batch_size or _count_rows_within_tokens(state.recipe, batches, width)
+        length = width
         if isinstance(batches.collator, PaddingFreeCollator):  # one row of all examples, with their virtual tokens
-            size = batches.max_micro_batch_size
-            length = None if size is None else math.ceil(width / size) - batches.collator.virtual_tokens
-        labeled_tokens = None
-        if batches.max_micro_batch_size is not None and len(counts) == len(shapes):
-            labeled_tokens = math.ceil(max(counts) / batches.max_micro_batch_size)
+            length = math.ceil(width / size) - batches.collator.virtual_tokens
         return cls(
             None if breakdown is None else breakdown.step,
             max(rows for rows, _ in shapes) * width,
+            size,
             length,
-            labeled_tokens,
+            math.ceil(max(counts) / size) if len(counts) == len(shapes) else None,
         )
 
     def set_in(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with rows of this length, and as little evaluation as a plan allows."""
-        data = recipe.data
-        if self.length is not None:  # padding is part of the length
-            data = data.model_copy(update={"max_length": self.length, "pad_to_multiple_of": 1})
+        """Return the recipe with these rows, and as little evaluation as a plan allows."""
+        # Padding is part of the length.
+        data = recipe.data.model_copy(update={"max_length": self.length, "pad_to_multiple_of": 1})
         evaluate = recipe.evaluate.model_copy(update={"metrics": (), "max_new_tokens": 1})
-        return with_evaluation_batch(recipe.model_copy(update={"data": data, "evaluate": evaluate}), 1)
+        changed = recipe.model_copy(update={"data": data, "evaluate": evaluate})
+        return with_evaluation_batch(with_micro_batch(changed, self.size), 1)
+
+
+def _count_rows_within_tokens(recipe: Recipe, batches: Batches, width: int) -> int:
+    """Return the rows that fill a micro-batch of at most ``train.micro_batch_tokens`` positions.
+
+    A packed micro-batch of ``width`` positions has rows of ``data.max_length``, since their number is not known.
+    """
+    if isinstance(batches.collator, PaddingFreeCollator):
+        longest = (recipe.data.max_length or width) + batches.collator.virtual_tokens
+        limit = math.ceil(width / longest)
+    else:
+        assert recipe.train.micro_batch_tokens is not None
+        limit = recipe.train.micro_batch_tokens // (width + batches.collator.virtual_tokens)
+    return compute_micro_batching(batches.global_batch_size, max(1, limit), batches.world_size)[1]
 
 
 def plan_training(state: RunState) -> RecordedPlan:

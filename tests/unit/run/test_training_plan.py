@@ -46,12 +46,16 @@ def list_random_state() -> list[Any]:
     return [random.getstate(), list(numbers), rest, torch.get_rng_state().tolist()]
 
 
+@pytest.mark.parametrize("tokens", [None, 3 * WIDTH])
 @pytest.mark.parametrize("padding", ["max_length", "free"])
-def test_planned_live_bytes_equal_those_of_the_run(padding: str, workshop: Workshop, sources: dict[str, Files]) -> None:
+def test_planned_live_bytes_equal_those_of_the_run(
+    padding: str, tokens: int | None, workshop: Workshop, sources: dict[str, Files]
+) -> None:
     """The peak of live tensors is predicted to the byte, for rows with equal numbers of tokens and labels."""
     recipe = workshop.recipe(
         Lora(r=2),
         data={"padding": padding, "max_length": WIDTH, "source": sources[padding]},
+        train={"micro_batch_tokens": tokens},
         profile=BREAKDOWN,
     )
     record = run_with_plan(recipe)
@@ -60,8 +64,9 @@ def test_planned_live_bytes_equal_those_of_the_run(padding: str, workshop: Works
     assert record.memory_breakdown is not None
     assert record.plan.predicted is not None
     planned = record.plan.predicted
-    assert (planned.micro_batch_size, planned.sequence_length) == (6, WIDTH)
-    assert planned.measured_positions == 6 * WIDTH
+    rows = 6 if tokens is None else 3
+    assert (planned.micro_batch_size, planned.sequence_length) == (rows, WIDTH)
+    assert planned.measured_positions == rows * WIDTH
     assert planned.live_bytes == record.memory_breakdown.peak_bytes
     assert planned.live_bytes <= planned.allocated_bytes <= planned.reserved_bytes <= planned.process_bytes[0]
 
