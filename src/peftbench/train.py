@@ -212,10 +212,11 @@ def run_recipe(recipe: Recipe, *, evaluate_only: bool = False) -> tuple[Outcome,
         quiet_libraries()
         from peftbench.run.outcome import resolve_error
         from peftbench.run.runner import Run
+        from peftbench.run.training_plan import plan_training
 
         run: Run | None = None
         try:
-            run = Run(recipe, shutdown_signal, evaluate_only=evaluate_only)
+            run = Run(recipe, shutdown_signal, evaluate_only=evaluate_only, planner=plan_training)
             run.abort_on_rank_failure()
             record, path = run.execute()
         except Exception as error:

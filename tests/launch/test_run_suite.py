@@ -63,6 +63,8 @@ def test_suite_skips_finished_runs_and_repeats_changed_ones(
     assert names[0] in first.stdout
     assert first.stdout.splitlines()[-1] == "report: out/report.html"
     started = {name: record_of(project, name)["started_at"] for name in names}
+    planned = [name for name in names if record_of(project, name)["plan"] is not None]
+    assert planned == [name for name in names if not name.endswith("lead")]  # a baseline trains nothing
     recipe = yaml.safe_load((project / "recipe.yaml").read_text()) | {"evaluate": {"max_new_tokens": 9, "metrics": ()}}
     again = CliRunner().invoke(app, ["run", "suite.yaml"])
     assert again.stderr.count("skipped") == 2
@@ -243,6 +245,22 @@ def test_two_processes_match_one(project: Path, caches: dict[str, str]) -> None:
     by_rank = [rank["evaluate"]["rss_bytes"] for rank in double["memory_by_rank"]]
     assert len(by_rank) == 2
     assert double["memory"]["evaluate"]["rss_bytes"] == max(by_rank) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_plan_of_two_processes_equals_the_measured_bytes(project: Path, caches: dict[str, str]) -> None:
+    """The main process of a distributed run has the plan of its own share, made in another process."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    keys = ["train.precision=fp32", "train.steps=3", "profile.untimed_steps=2", "profile.memory_breakdown=true"]
+    script = str(REPOSITORY / "launch" / "train.py")
+    done = run([*launcher, "--main_process_port", "0", script, "--config", "recipe.yaml", *keys], project, caches)
+    assert done.returncode == 0, done.stderr
+    record = record_of(project, "run")
+    planned = record["plan"]["predicted"]
+    assert planned is not None, record["plan"]["reason"]
+    assert planned["step"] == record["memory_breakdown"]["step"]
+    assert planned["live_bytes"] == pytest.approx(record["memory_breakdown"]["peak_bytes"], rel=0.05)
 
 
 @pytest.mark.slow

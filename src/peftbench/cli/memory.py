@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -60,7 +61,8 @@ def estimate(
 ) -> None:
     """Estimate the peak memory of a recipe and whether it fits the budget. Needs neither a GPU nor the weights.
 
-    If it does not fit, the cheapest change that is predicted to fit is printed too.
+    With a budget, the longest rows that fit are printed too; if the recipe does not fit, also the cheapest change that
+    is predicted to fit.
     """
     from peftbench.common.libraries import imports_without_gc, quiet_libraries
 
@@ -80,7 +82,7 @@ def estimate(
 
         plans: list[Plan | UnplannedRun]
         if suite is None:
-            plan = _plan_with_suggestion(recipes[0], options.build_target(recipes[0]))
+            plan = _plan_with_advice(recipes[0], options.build_target(recipes[0]))
             plans, text = [plan], plan.model_dump_json(indent=1) if as_json else format_plan(plan)
         else:
             progress = tqdm(recipes, desc="simulating", unit="run", disable=None)
@@ -113,13 +115,22 @@ def _load_recipes(suite: Path | None, arguments: list[str], config: list[Path]) 
     return expand(suite, overrides, config=config)
 
 
-def _plan_with_suggestion(recipe: Recipe, target: MemoryTarget) -> Plan:
-    """Return the plan of a recipe and, if it does not fit the budget, the cheapest change that does."""
+def _plan_with_advice(recipe: Recipe, target: MemoryTarget) -> Plan:
+    """Return the plan of a recipe with the longest rows that fit the budget.
+
+    If the recipe does not fit, the cheapest change that does is added too.
+    """
     from peftbench.errors import PeftbenchError
+    from peftbench.memory.longest_rows import find_longest_rows
     from peftbench.memory.suggestion import suggest_change
 
     plan = target.plan(recipe)
-    if plan.verdict in {None, "fits"}:
+    if plan.verdict is None:
+        return plan
+    print_progress("searching for the longest rows that fit")
+    with suppress(PeftbenchError):  # the plan is valid without them
+        plan = plan.model_copy(update={"longest_rows": find_longest_rows(recipe, target, plan)})
+    if plan.verdict == "fits":
         return plan
     print_progress("searching for a change that fits")
     try:

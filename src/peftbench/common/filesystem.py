@@ -93,8 +93,9 @@ def _get_umask() -> int:
     return mask
 
 
-def load_json_resources(package: str, kind: type[ResourceT]) -> dict[str, ResourceT]:
-    """Load every JSON file of ``package``, sorted by its name without the suffix."""
-    files = (path for path in resources.files(package).iterdir() if path.name.endswith(".json"))
+def load_json_resources(package: str, kind: type[ResourceT], *folders: str) -> dict[str, ResourceT]:
+    """Load every JSON file of ``package``, or of a folder in it, sorted by its name without the suffix."""
+    directory = resources.files(package).joinpath(*folders)
+    files = (path for path in directory.iterdir() if path.name.endswith(".json"))
     loaded = {path.name.removesuffix(".json"): kind.model_validate_json(path.read_bytes()) for path in files}
     return dict(sorted(loaded.items()))

@@ -41,6 +41,11 @@ class GlobalBatch:
         shapes = [micro_batch.input_ids.shape for micro_batch in self.micro_batches]
         return max(rows for rows, _ in shapes), max(width for _, width in shapes)
 
+    @property
+    def max_labeled(self) -> int:
+        """Most labeled tokens in one of this rank's micro-batches."""
+        return max(len(micro_batch.targets) for micro_batch in self.micro_batches)
+
     def pin_memory(self) -> GlobalBatch:
         """Return a copy in pinned memory, from which a GPU copies asynchronously."""
         return replace(self, micro_batches=tuple(micro_batch.pin_memory() for micro_batch in self.micro_batches))

@@ -9,19 +9,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from peftbench.distributed.launcher_env import get_world_size, select_launcher_env, without_launcher_env
 from peftbench.errors import PeftbenchError
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
+from peftbench.memory.label_counts import LabelCount, with_label_count
 from peftbench.memory.launch_config import build_launch_config
-from peftbench.memory.search import MemoryTarget, choose_micro_batch, with_micro_batch
+from peftbench.memory.plan import Plan, UnplannedRun
+from peftbench.memory.search import MemoryTarget, choose_micro_batch, plan_run, with_micro_batch
 from peftbench.memory.suggestion import EVALUATION_PHASES, suggest_change, suggest_evaluation
 from peftbench.recipe.schema import Recipe
 
 _TIMEOUT_SECONDS = 300
+_PLAN_ANSWER: TypeAdapter[Plan | UnplannedRun] = TypeAdapter(Plan | UnplannedRun)
 
 
 class AdviceRequest(BaseModel):
@@ -30,7 +35,8 @@ class AdviceRequest(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     recipe: Recipe
-    budget_bytes: int
+    budget_bytes: int | None
+    """None if only the needed memory is asked for."""
     device_name: str
     """torch's name of the device, or cpu."""
     compute_capability: tuple[int, int] | None = None
@@ -40,10 +46,17 @@ class AdviceRequest(BaseModel):
     """Phase that ran out of memory, None if none did."""
     launcher_env: dict[str, str] = {}
     """Environment variables that the launcher set in each process."""
+    labeled_tokens: int | None = None
+    """Labeled tokens of a row in a plan; None: as the task or the data have them."""
 
     @classmethod
     def from_environment(
-        cls, recipe: Recipe, budget_bytes: int, device_name: str, phase: str | None = None
+        cls,
+        recipe: Recipe,
+        budget_bytes: int | None,
+        device_name: str,
+        phase: str | None = None,
+        labeled_tokens: int | None = None,
     ) -> AdviceRequest:
         """Build a request with the launcher and the device of this process."""
         import torch
@@ -53,6 +66,7 @@ class AdviceRequest(BaseModel):
             budget_bytes=budget_bytes,
             device_name=device_name,
             phase=phase,
+            labeled_tokens=labeled_tokens,
             compute_capability=None if device_name == "cpu" else torch.cuda.get_device_capability(),
             launcher_env=select_launcher_env(os.environ),
             num_processes=get_world_size(),
@@ -108,6 +122,15 @@ def request_micro_batch(request: AdviceRequest) -> MicroBatchChoice:
         return MicroBatchChoice.model_validate_json(line)
     except ValidationError:
         return MicroBatchChoice(error=f"{error}; set train.micro_batch_size to a number")
+
+
+def request_plan(request: AdviceRequest) -> Plan | UnplannedRun:
+    """Run :func:`build_plan` in a subprocess."""
+    line, error = _run_advisor(request, "plan")
+    try:
+        return _PLAN_ANSWER.validate_json(line)
+    except ValidationError:
+        return UnplannedRun(name=request.recipe.name, reason=error)
 
 
 def _run_advisor(request: AdviceRequest, request_kind: str) -> tuple[str, str]:
@@ -176,14 +199,27 @@ def build_micro_batch_choice(request: AdviceRequest) -> MicroBatchChoice:
     )
 
 
+def build_plan(request: AdviceRequest) -> Plan | UnplannedRun:
+    """Return the plan of the recipe on the requested device, or the reason why it has none."""
+    tokens = request.labeled_tokens
+    with nullcontext() if tokens is None else with_label_count(LabelCount(tokens, "the most in the run")):
+        return plan_run(request.recipe, request.build_target)
+
+
+_ANSWERS: dict[str, Callable[[AdviceRequest], BaseModel]] = {
+    "advice": advise,
+    "micro_batch": build_micro_batch_choice,
+    "plan": build_plan,
+}
+
+
 def main() -> None:
-    """Read a request from stdin and print the result: "advice", or "micro_batch" to resolve auto."""
+    """Read a request from stdin and print the result of the kind that the first argument names."""
     from peftbench.common.libraries import quiet_libraries  # not needed by the calling run
 
     request = AdviceRequest.model_validate_json(sys.stdin.read())
     quiet_libraries()
-    result: BaseModel = build_micro_batch_choice(request) if sys.argv[1] == "micro_batch" else advise(request)
-    print(result.model_dump_json(), flush=True)
+    print(_ANSWERS[sys.argv[1]](request).model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

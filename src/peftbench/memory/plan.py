@@ -32,6 +32,15 @@ class PhasePeak(_FrozenModel):
     """The operation at which the peak occurred."""
 
 
+class RowLimit(_FrozenModel):
+    """The longest rows that are predicted to fit a budget."""
+
+    tokens: int
+    """The largest ``data.max_length`` that was found to fit."""
+    is_model_limit: bool
+    """True if the model has no positions for longer rows."""
+
+
 class Plan(_FrozenModel):
     """Predicted memory of a recipe on one device, for rank 0."""
 
@@ -70,6 +79,8 @@ class Plan(_FrozenModel):
     """Predicted time of an optimizer step; None if the device's speed is unknown."""
     suggestion: str | None = None
     """If the run does not fit: the cheapest change that is predicted to fit, or that there is none."""
+    longest_rows: RowLimit | None = None
+    """The longest rows that fit the budget at this micro-batch; None without a budget, or if no tried length fits."""
     notes: tuple[str, ...] = ()
 
     @property

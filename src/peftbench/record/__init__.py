@@ -21,6 +21,7 @@ from peftbench.record.measurements import (
     TokensPerSecond,
 )
 from peftbench.record.quality import Interval, PerExample, Quality, Sample, Score, ScoreDefinition
+from peftbench.record.recorded_plan import PlannedMemory, RecordedPlan
 from peftbench.record.run_record import (
     EXIT_CODES,
     FINAL_OUTCOMES,
@@ -58,8 +59,10 @@ __all__ = [
     "OutcomeKind",
     "ParameterCounts",
     "PerExample",
+    "PlannedMemory",
     "Quality",
     "RecordScan",
+    "RecordedPlan",
     "RunRecord",
     "Sample",
     "SavedModel",

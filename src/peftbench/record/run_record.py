@@ -31,6 +31,7 @@ from peftbench.record.measurements import (
     Tokens,
 )
 from peftbench.record.quality import Quality
+from peftbench.record.recorded_plan import RecordedPlan
 from peftbench.record.upgrade import upgrade_record
 
 SCHEMA_VERSION = 3
@@ -155,6 +156,8 @@ class RunRecord(RecordModel):
     """Maximum over ranks."""
     state_bytes_by_rank: tuple[StateBytes, ...] = ()
     memory_breakdown: MemoryBreakdown | None = None
+    plan: RecordedPlan | None = None
+    """Predicted memory; None if the run did not train to its end, or if no plan was requested."""
     flops: Flops = Flops()
     compute: Compute = Compute()
     energy_joules: float | None = None

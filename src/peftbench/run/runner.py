@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +16,14 @@ from peftbench.distributed.collectives import broadcast_from_main, main_process_
 from peftbench.distributed.deepspeed import unwrap_optimizer
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.rank_failure import FailureChannel
-from peftbench.errors import DataError, PeftbenchError
+from peftbench.errors import DataError, OutputError, PeftbenchError
 from peftbench.evaluation.general_text import read_general_text
 from peftbench.evaluation.metrics.selection import check_metrics, generates_text
 from peftbench.profiler.energy import build_energy_meter
 from peftbench.profiler.instruments import StepInstruments, build_instruments
 from peftbench.profiler.probe import Probe
 from peftbench.profiler.throughput import explain_untimed_run
-from peftbench.record import RunRecord
+from peftbench.record import RecordedPlan, RunRecord
 from peftbench.run.checkpointing import TrainingCheckpointer
 from peftbench.run.forgetting import measure_loss_before
 from peftbench.run.initialization import initialize_model
@@ -85,16 +85,18 @@ class Run:
         step_callbacks: Sequence[StepCallback] = (),
         *,
         evaluate_only: bool = False,
+        planner: Callable[[RunState], RecordedPlan] | None = None,
     ) -> None:
         """Acquire the folder and start the engine. ``step_callbacks`` are called after all others.
 
         With ``evaluate_only`` the run trains nothing and evaluates the saved model of the recipe's training.
+        ``planner`` predicts the memory of the finished training, for the record.
 
         Raises:
             PeftbenchError: the recipe, the launch or the folder does not allow this run; nothing was written.
         """
         self.shutdown_signal = shutdown_signal or ShutdownSignal()
-        self.step_callbacks, self.evaluate_only = step_callbacks, evaluate_only
+        self.step_callbacks, self.evaluate_only, self.planner = step_callbacks, evaluate_only, planner
         recipe, task_notes = resolve_task(recipe)
         check_metrics(recipe)
         check_splits(recipe, evaluate_only=evaluate_only)
@@ -145,7 +147,8 @@ class Run:
             Exception: a bug; a record with outcome ``failed`` was written.
         """
         try:
-            return self.outcome_handler.run_to_record(self.run_stages)
+            record, path = self.outcome_handler.run_to_record(self.run_stages)
+            return self._add_plan(record), path
         except PeftbenchError:
             if self.record_path is None:
                 self.status_writer.delete()
@@ -157,6 +160,19 @@ class Run:
             if self.accelerator.is_main_process:
                 clear_stop_files(*self._stop_files)
             self.lock.release()
+
+    def _add_plan(self, record: RunRecord) -> RunRecord:
+        """Return the record with the plan of a finished training, and write it again.
+
+        The record was written before: no measurement depends on the plan, and none is lost if the process is killed.
+        """
+        if self.planner is None or self.record_path is None or record.outcome.kind != "ok" or not self.state.is_trained:
+            return record
+        self.oom_handler.release_limit()  # the plan is not part of the run
+        record = record.model_copy(update={"plan": self.planner(self.state)})
+        with contextlib.suppress(OutputError):  # the record without a plan stays
+            record.write(self.run_dir.path)
+        return record
 
     def run_stages(self) -> None:
         """Run all stages in order; a benchmark may override it with fewer."""

@@ -47,6 +47,8 @@ class TrainProgress:
     """The part of ``step_executed`` that the frozen part skipped in each step."""
     step_shapes: list[tuple[int, int]] = field(default_factory=list)
     """(rows, real positions) of this rank's largest micro-batch in each step."""
+    step_max_labeled: list[int] = field(default_factory=list)
+    """Labeled tokens of this rank's micro-batch with the most, in each step."""
     stopped_early: bool = False
     """True once early stopping ends the training; no further step is run."""
     skipped_steps: int = 0
@@ -148,6 +150,7 @@ def train(
         progress.step_executed.append(batch.hardware_flop_units)
         progress.step_skipped.append(batch.skipped_flop_units)
         progress.step_shapes.append(batch.max_shape)
+        progress.step_max_labeled.append(batch.max_labeled)
         with probe.paused():
             info = StepInfo(
                 progress.completed_steps, training.total_steps, loss, learning_rate, batch.token_counts.real

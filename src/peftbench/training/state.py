@@ -222,6 +222,7 @@ def _serialize_progress(progress: TrainProgress) -> dict[str, Any]:
         "stopped_early": progress.stopped_early,
         "skipped_steps": progress.skipped_steps,
         "step_shapes": list(progress.step_shapes),
+        "step_max_labeled": list(progress.step_max_labeled),
         "step_token_counts": [asdict(counts) for counts in progress.step_token_counts],
         "step_required": [asdict(units) for units in progress.step_required],
         "step_executed": [asdict(units) for units in progress.step_executed],
@@ -234,6 +235,7 @@ def _load_progress(progress: TrainProgress, saved: dict[str, Any]) -> None:
     progress.stopped_early = saved.get("stopped_early", False)  # a checkpoint of an earlier version lacks it
     progress.skipped_steps = saved["skipped_steps"]
     progress.step_shapes[:] = saved["step_shapes"]
+    progress.step_max_labeled[:] = saved.get("step_max_labeled", [])  # checkpoints of earlier versions lack it
     progress.step_token_counts[:] = [TokenCounts(**counts) for counts in saved["step_token_counts"]]
     progress.step_required[:] = [FlopUnits(**units) for units in saved["step_required"]]
     progress.step_executed[:] = [FlopUnits(**units) for units in saved["step_executed"]]

@@ -31,7 +31,9 @@ from peftbench.record import (
     OutcomeKind,
     ParameterCounts,
     PerExample,
+    PlannedMemory,
     Quality,
+    RecordedPlan,
     RunRecord,
     Sample,
     SavedModel,
@@ -170,6 +172,21 @@ def full_memory() -> dict[str, Any]:
             operation="aten.mm",
             step_part="forward",
         ),
+        "plan": RecordedPlan(
+            predicted=PlannedMemory(
+                device_profile="CPU",
+                step=5,
+                micro_batch_size=2,
+                sequence_length=8,
+                labeled_tokens=3,
+                measured_positions=16,
+                peak_phase="backward",
+                live_bytes=10,
+                allocated_bytes=12,
+                reserved_bytes=20,
+                process_bytes=(22, 24),
+            )
+        ),
     }
 
 
@@ -200,6 +217,15 @@ def test_full_record_sets_every_field() -> None:
     """The record of the round-trip test covers every field."""
     unset = set(RunRecord.model_fields) - full_record().model_fields_set - {"schema_version"}
     assert not unset
+
+
+def test_record_without_a_plan_is_read(tmp_path: Path) -> None:
+    """Records that were written before plans were recorded have none."""
+    values = json.loads(full_record().model_dump_json())
+    assert values.pop("plan") is not None
+    path = tmp_path / RECORD_FILE
+    path.write_text(json.dumps(values), encoding="utf-8")
+    assert read_record(path).plan is None
 
 
 @pytest.mark.parametrize("original", [record(), full_record()], ids=["minimal", "full"])

@@ -6,6 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peftbench.record import Interval, RunRecord, ScoreDefinition, TokensPerSecond, train_peak_bytes
+from peftbench.report.analysis.memory_prediction import (
+    compute_predicted_ratio,
+    find_card,
+    format_card,
+    get_predicted_bytes,
+)
 from peftbench.report.analysis.quality_metrics import QualityMetric, list_headline_metrics, list_scores
 from peftbench.report.runs import method_kind, run_label
 from peftbench.report.text.formatting import CellValue
@@ -123,6 +129,31 @@ def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
     }
 
 
+def _plan_values(record: RunRecord) -> dict[str, CellValue]:
+    """Return the predicted sizes, and the predicted over the measured peak."""
+    planned = record.plan.predicted if record.plan is not None else None
+    return {
+        "planned_bytes": get_predicted_bytes(record),
+        "planned_over_measured": compute_predicted_ratio(record),
+        "planned_live_bytes": planned.live_bytes if planned else None,
+        "planned_reserved_bytes": planned.reserved_bytes if planned else None,
+        "planned_process_bytes_min": planned.process_bytes[0] if planned else None,
+        "planned_process_bytes_max": planned.process_bytes[1] if planned else None,
+    }
+
+
+def _format_planned(record: RunRecord) -> str:
+    planned, ratio = get_predicted_bytes(record), compute_predicted_ratio(record)
+    if planned is None:
+        return "–"
+    return f"{planned / 2**20:,.0f}" + ("" if ratio is None else f" ({ratio:.2f}x)")
+
+
+def _card_values(record: RunRecord) -> dict[str, CellValue]:
+    card = find_card(record)
+    return {"fits_in_gigabytes": card.gigabytes if card is not None else None}
+
+
 def format_outcome(record: RunRecord) -> str:
     """Return the outcome, with the step of a failure."""
     outcome = record.outcome
@@ -134,6 +165,8 @@ _DROP_ORDER = (
     "training cost",
     "saved (MiB)",
     "merges",
+    "fits in",
+    "planned mem (MiB)",
     "startup (s)",
     "added, frozen",
     "forgetting (nats)",
@@ -228,6 +261,24 @@ _COLUMNS_AFTER_SCORES: tuple[Column, ...] = (
             "requested_bytes": r.outcome.requested_bytes,
         },
         lambda r: "–" if (needed := r.outcome.estimated_peak_bytes) is None else f"{needed / 2**20:,.0f}",
+        optional=True,
+    ),
+    Column(
+        "planned mem (MiB)",
+        "Predicted peak memory of the training for the run's own rows (plan in the record): on a GPU, memory allocated "
+        "to tensors; on CPU, live tensors. In brackets: divided by the measured peak, on CPU by that of "
+        "profile.memory_breakdown.",
+        _plan_values,
+        _format_planned,
+        optional=True,
+    ),
+    Column(
+        "fits in",
+        "The smallest card, by its memory, in which the measured run fits: the most memory that torch reserved on the "
+        "GPU in any phase, plus the largest known context and workspaces of such cards. Per process, and only for runs "
+        "on a GPU.",
+        _card_values,
+        format_card,
         optional=True,
     ),
     Column(

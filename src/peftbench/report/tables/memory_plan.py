@@ -13,7 +13,7 @@ from peftbench.memory.plan import Plan, UnplannedRun, get_comparable_costs
 from peftbench.report.text.memory_categories import MEMORY_CATEGORY_LABELS
 
 if TYPE_CHECKING:
-    from peftbench.memory.plan import Fit, Strategy, Verification
+    from peftbench.memory.plan import Fit, RowLimit, Strategy, Verification
     from peftbench.timing.prediction import StepTime
 
 _MIB, _GIB = 2**20, 2**30
@@ -82,9 +82,17 @@ def format_plan(plan: Plan) -> str:
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
         margin = _format_margin(*plan.margin_bytes, _Unit.for_sizes([max(map(abs, plan.margin_bytes))]))
         lines.append(f"in {budget_unit.with_name(plan.budget_bytes)}: {plan.verdict} ({margin})")
+    if plan.longest_rows is not None:
+        lines.append(_format_longest_rows(plan.longest_rows, plan))
     if plan.suggestion is not None:
         lines.append(f"suggestion: {plan.suggestion}")
     return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
+
+
+def _format_longest_rows(limit: RowLimit, plan: Plan) -> str:
+    """Return the longest rows that fit at the plan's micro-batch."""
+    reason = "all that the model has positions for" if limit.is_model_limit else "longer rows were not found to fit"
+    return f"longest rows at micro-batches of {plan.micro_batch_size}: data.max_length={limit.tokens} fits ({reason})"
 
 
 def _format_step_time(step_time: StepTime) -> str:
