@@ -41,7 +41,7 @@ _SETTINGS = ("data.max_length=2048", "train.global_batch_size=1", "train.micro_b
 
 
 def plan(overrides: list[str], *, simulates_all_layers: bool) -> dict[str, int | None]:
-    """Return the main figures of the plan on an RTX 4090."""
+    """Return the main values of the plan on an RTX 4090."""
     from peftbench.common.libraries import quiet_libraries
 
     quiet_libraries()
@@ -74,7 +74,7 @@ def import_model_class(overrides: list[str]) -> dict[str, int | None]:
 
 
 def run_case(case: str, kind: str) -> tuple[float, float, dict[str, int | None]]:
-    """Return wall seconds, CPU seconds and the figures of a process."""
+    """Return wall seconds, CPU seconds and the values of a process."""
     command = [sys.executable, __file__, "--process", kind, case]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
@@ -87,12 +87,12 @@ def measure(case: str, repeats: int) -> list[object]:
     """Return the table's row of a case.
 
     Raises:
-        SystemExit: both kinds of plan give different figures.
+        SystemExit: both kinds of plan give different values.
     """
     runs = [{kind: run_case(case, kind) for kind in ("import", "few", "all")} for _ in range(repeats)]
-    figures = {json.dumps(run[kind][2]) for run in runs for kind in ("few", "all")}
-    if len(figures) != 1:
-        raise SystemExit(f"{case}: the plans differ: {figures}")
+    results = {json.dumps(run[kind][2]) for run in runs for kind in ("few", "all")}
+    if len(results) != 1:
+        raise SystemExit(f"{case}: the plans differ: {results}")
     wall = {kind: statistics.median(run[kind][0] for run in runs) for kind in ("import", "few", "all")}
     cpu = {kind: statistics.median(run[kind][1] for run in runs) for kind in ("few", "all")}
     ratio = statistics.median(run["all"][1] / run["few"][1] for run in runs)
@@ -100,7 +100,7 @@ def measure(case: str, repeats: int) -> list[object]:
 
 
 def main() -> None:
-    """Print a table, or the figures of one process."""
+    """Print a table, or the values of one process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=[])
     parser.add_argument("--repeats", type=int, default=5)

@@ -64,7 +64,7 @@ class _Place(NamedTuple):
     """A storage that a unit allocates in a pass."""
 
     kind: int
-    """Number of the allocation, the same in all units: which one of which pass, its size, category and operation."""
+    """Number of the allocation, the same in all units, from its pass, place, size, category and operation."""
     unit: int
 
 
@@ -114,7 +114,7 @@ def _assign_lone_releases(runs: list[_Run], owners: dict[int, int | None]) -> li
 
 
 def _is_gap(before: int | None, after: int | None) -> bool:
-    """True if events between these units lie within a middle unit or between two neighbors."""
+    """True for events inside a middle unit or between two neighbors."""
     if before is None or after is None:
         return False
     return abs(before - after) == 1 or (before == after and before in (_LOWER, _REPEATED))

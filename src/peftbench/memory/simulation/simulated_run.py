@@ -42,7 +42,7 @@ class RunSize:
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """What one process of a run allocates and computes."""
+    """Allocations and operations of one process of a run."""
 
     events: list[MemoryEvent]
     step_flops: int | None
