@@ -95,7 +95,9 @@ def check_equal(few: SimulatedRun, whole: SimulatedRun) -> None:
     assert [event._replace(layer=None) for event in few.events] == whole.events
 
 
-@pytest.mark.parametrize("case", mark_slow(CASES, lambda case: case[0] in FAST, seed=5, one_in=150))
+@pytest.mark.parametrize(
+    "case", mark_slow([(case,) for case in CASES], lambda case: case[0] in FAST, seed=5, one_in=150)
+)
 def test_few_layers_give_the_events_of_all_layers(
     case: tuple[str, str, bool], workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
