@@ -118,8 +118,8 @@ class Optimizer(ConfigSection):
         """
         return nullcontext()
 
-    def without_paging(self) -> Optimizer:
-        """Return an optimizer with states of the same size that the driver does not move."""
+    def to_simulated(self) -> Optimizer:
+        """Return an optimizer with states of the same size that a simulation can step: torch allocates them all."""
         return self
 
     @abstractmethod
