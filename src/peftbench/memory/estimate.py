@@ -45,20 +45,9 @@ def estimate(
     """
     check_supported(recipe, launch_config.engine, facts.device_type)
     _check_precision(recipe, facts)
-    accumulation, rows = compute_micro_batching(
-        recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.dp_world_size
-    )
-    with with_bundled_config(recipe.model) as model_config:
-        width = _max_sequence_length(recipe, get_max_positions(load_config(model_config)))
-    label_count = count_labeled_tokens(recipe, width)
-    rows_per_step = max(1, recipe.train.global_batch_size // launch_config.dp_world_size)
-    run = simulate_run(
-        _without_paging(recipe),
-        facts.capability,
-        RunSize(rows, width, label_count.tokens, accumulation, rows_per_step),
-        launch_config,
-    )
-    step_time, time_notes = predict_time(run.operation_counts, recipe, facts, width)
+    size, label_count = _compute_size(recipe, launch_config.dp_world_size)
+    run = simulate_run(_to_simulated(recipe), facts.capability, size, launch_config)
+    step_time, time_notes = predict_time(run.operation_counts, recipe, facts, size.sequence_length)
     events = run.events
     replay = replay_allocator(events, facts.device_type)
     context, workspaces = _to_int_range(facts.context), _to_int_range(facts.workspaces)
@@ -74,9 +63,9 @@ def estimate(
         num_processes=launch_config.num_processes,
         device_name=device_name,
         calibrated=facts.calibrated,
-        micro_batch_size=rows,
-        sequence_length=width,
-        gradient_accumulation_steps=accumulation,
+        micro_batch_size=size.rows,
+        sequence_length=size.sequence_length,
+        gradient_accumulation_steps=size.num_micro_batches,
         evaluation_batch_size=recipe.evaluate.batch_size,
         step_flops=run.step_flops,
         phase_peaks=replay.peak_by_phase,
@@ -90,8 +79,20 @@ def estimate(
         verdict=verdict,
         margin_bytes=margin,
         step_time=step_time,
-        notes=(*_build_notes(recipe, facts, width, label_count, paged_bytes), *run.notes, *time_notes),
+        notes=(*_build_notes(recipe, facts, size.sequence_length, label_count, paged_bytes), *run.notes, *time_notes),
     )
+
+
+def _compute_size(recipe: Recipe, dp_world_size: int) -> tuple[RunSize, LabelCount]:
+    """Return the sizes of a process's batches with the longest rows, and the labeled tokens of a row."""
+    accumulation, rows = compute_micro_batching(
+        recipe.train.global_batch_size, _max_micro_batch_size(recipe), dp_world_size
+    )
+    with with_bundled_config(recipe.model) as model_config:
+        width = _max_sequence_length(recipe, get_max_positions(load_config(model_config)))
+    label_count = count_labeled_tokens(recipe, width)
+    rows_per_step = max(1, recipe.train.global_batch_size // dp_world_size)
+    return RunSize(rows, width, label_count.tokens, accumulation, rows_per_step), label_count
 
 
 def _check_precision(recipe: Recipe, facts: DeviceFacts) -> None:
@@ -125,9 +126,9 @@ def _judge_budget(
     return verdict, (budget_bytes - process[1], budget_bytes - process[0])
 
 
-def _without_paging(recipe: Recipe) -> Recipe:
-    """Replace a paged optimizer with its unpaged variant, whose states have the same size."""
-    return recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
+def _to_simulated(recipe: Recipe) -> Recipe:
+    """Replace an optimizer that a simulation cannot step with one whose states have the same size."""
+    return recipe.model_copy(update={"optimizer": recipe.optimizer.to_simulated()})
 
 
 def _count_paged_bytes(recipe: Recipe, replay: AllocatorReplay) -> int:
@@ -164,10 +165,6 @@ def check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType)
     if recipe.model.quantization == "int8":
         raise EstimateUnavailableError(
             "The memory of int8 outliers depends on the weights' values; use model.quantization=nf4 or null"
-        )
-    if recipe.optimizer.is_cpu_only:
-        raise EstimateUnavailableError(
-            f"{recipe.optimizer.kind} runs a compiled kernel and cannot be simulated; use optimizer.kind=adamw"
         )
 
 

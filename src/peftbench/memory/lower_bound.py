@@ -55,8 +55,8 @@ def measure_tensors(recipe: Recipe) -> TensorSizes:
 
 
 def _measure(recipe: Recipe) -> TensorSizes:
-    unpaged = recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
-    model = MemorySimulation(unpaged, UNKNOWN_DEVICE.capability, num_micro_batches=1).model
+    simulated = recipe.model_copy(update={"optimizer": recipe.optimizer.to_simulated()})
+    model = MemorySimulation(simulated, UNKNOWN_DEVICE.capability, num_micro_batches=1).model
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     # States of projected matrices are smaller, and depend on the groups of a built optimizer.
     has_known_states = not (recipe.optimizer.is_paged or recipe.optimizer.needs_matrices)

@@ -111,12 +111,15 @@ class Optimizer(ConfigSection):
         """Return a context in which the model has the evaluated weights; the trained weights are restored at exit."""
         return nullcontext()
 
-    def meta_context(self) -> AbstractContextManager[None]:
-        """Return a context for steps on the meta device, which patches library calls that need values."""
+    def meta_context(self, device_type: str) -> AbstractContextManager[object]:
+        """Return a context for steps on the meta device, which patches library calls that need values.
+
+        ``device_type`` is that of the simulated device: "cuda" or "cpu".
+        """
         return nullcontext()
 
-    def without_paging(self) -> Optimizer:
-        """Return an optimizer with states of the same size that the driver does not move."""
+    def to_simulated(self) -> Optimizer:
+        """Return an optimizer with states of the same size that a simulation can step: torch allocates them all."""
         return self
 
     @abstractmethod

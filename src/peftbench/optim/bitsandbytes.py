@@ -119,7 +119,7 @@ class PagedAdamW8bit(_BitsAndBytesAdamW):
     kind: Literal["paged_adamw8bit"] = "paged_adamw8bit"
     """Kind of optimizer."""
 
-    def without_paging(self) -> AdamW8bit:
+    def to_simulated(self) -> AdamW8bit:
         return AdamW8bit(**self.model_dump(exclude={"kind"}))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from peftbench.errors import OptimizerError
 from peftbench.optim.base import AdamLike, tensor_sizes
 from peftbench.optim.roles import NO_ROLES, ParameterRoles
+from peftbench.optim.torch_optimizers import AdamW
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,9 @@ class DeepSpeedCPUAdam(AdamLike):
                 "use optimizer.kind=adamw"
             ) from error
         return optimizer
+
+    def to_simulated(self) -> AdamW:
+        return AdamW(learning_rate=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
         return sum(8 * size for size, _ in tensor_sizes(param_groups))

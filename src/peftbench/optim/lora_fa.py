@@ -82,7 +82,7 @@ class LoraFA(AdamLike):
         return ["lora_fa keeps LoRA's A at its initial value; gradients of B are clipped before they are projected"]
 
     @contextmanager
-    def meta_context(self) -> Iterator[None]:
+    def meta_context(self, device_type: str) -> Iterator[None]:
         from peftbench.optim import lora_fa_adamw
 
         def allocate_inverse(pair: LoraPair) -> torch.Tensor:

@@ -136,7 +136,7 @@ class Apollo(_LowRank):
         return {"scale": self.scale, "scale_type": self.scale_of, "proj": "random", "proj_type": "std"}
 
     @contextmanager
-    def meta_context(self) -> Iterator[None]:
+    def meta_context(self, device_type: str) -> Iterator[None]:
         from apollo_torch import random_projector
 
         stable_randn = random_projector.stable_randn

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from unittest.mock import patch
 
 from peftbench.errors import OptimizerError
 from peftbench.optim.base import EMBEDDINGS_KEY, AdamLike, tensor_sizes
@@ -57,8 +58,37 @@ class _StochasticRounding(AdamLike):
         )
         return optimizer
 
+    def meta_context(self, device_type: str) -> AbstractContextManager[object]:
+        """Replace the step by the memory of its compiled kernel, on a GPU; on CPU it is not compiled."""
+        if device_type != "cuda":
+            return nullcontext()
+        from torchao.optim import adam
+
+        return patch.object(adam, "single_param_adam", allocate_compiled_step)
+
     def _has_32bit_embeddings(self) -> bool:
         return False
+
+
+def allocate_compiled_step(
+    parameter: torch.Tensor, gradient: torch.Tensor, _step: torch.Tensor, exp_avg: Any, exp_avg_sq: Any, *_: object
+) -> None:
+    """Allocate what torch's compiler allocates for a step of one parameter, and read and write what it does.
+
+    One kernel does the step. It has no buffers, except for a state that is quantized: the scale of each block, and the
+    values divided by it in float32, before they are rounded.
+    """
+    import torch
+
+    buffers: list[torch.Tensor] = []
+    for state in (exp_avg, exp_avg_sq):
+        is_quantized = hasattr(state, "scale")
+        tensors = [state.codes, state.scale] if is_quantized else [state]
+        if is_quantized:
+            buffers += [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+        for tensor in tensors:
+            tensor.mul_(1)
+    parameter.add_(gradient)
 
 
 def _build_subclass(library_class: Any, fp32_parameter_ids: set[int], can_compile: bool) -> Any:

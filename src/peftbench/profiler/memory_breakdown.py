@@ -231,7 +231,7 @@ class MemoryTracker(TorchDispatchMode):
         self._release_watches.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(hasattr(cls, "to_local") for cls in types):  # DTensor first dispatches to the local shard
+        if any(map(_is_wrapper, types)):  # it first dispatches to its inner tensors
             return NotImplemented
         self._operation = str(func)
         backward = torch._C._current_graph_task_id() != -1
@@ -394,9 +394,14 @@ class MemoryTracker(TorchDispatchMode):
         self._log(storage, -1)
 
 
+def _is_wrapper(value: object) -> bool:
+    """True for a tensor, or its class, whose own storage holds no memory: a DTensor, or torchao's quantized tensors."""
+    return hasattr(value, "to_local") or hasattr(value, "__tensor_flatten__")
+
+
 def _get_storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     """Return the tensor's storage, None for a wrapper subclass without its own."""
-    if hasattr(tensor, "to_local"):  # a DTensor's own storage describes the unsharded tensor and holds no memory
+    if _is_wrapper(tensor):
         return None
     try:
         return tensor.untyped_storage()

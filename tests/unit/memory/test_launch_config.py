@@ -127,6 +127,14 @@ def test_plan_restores_global_state(engines: tuple[str, ...], make_plan: Any, wo
     assert estimate(single, UNKNOWN_DEVICE, "a GPU") == before
 
 
+def test_cpu_adam_is_planned_as_adamw(make_plan: Any) -> None:
+    """Its states are in CPU memory, and its compiled kernel is not needed for the plan."""
+    kinds = ("adamw", "deepspeed_cpu_adam")
+    plans = [make_plan("zero2_offload", Full(), optimizer=OPTIMIZER_CLASSES[kind]()) for kind in kinds]
+    assert plans[0] == plans[1]
+    assert all("optimizer_state" not in phase.live_bytes_by_category for phase in plans[1].phase_peaks.values())
+
+
 def test_unsupported_launches_are_refused(make_plan: Any, workshop: Workshop, tmp_path: Path) -> None:
     """Each message names the reason."""
     with pytest.raises(EstimateUnavailableError, match="zero3_nvme offloads to NVMe is not modeled"):

@@ -55,8 +55,8 @@ class MethodFit(_Answer):
     longest_context: int | None = None
     """Tokens of the longest single row that surely fits; None if no length that was tried fits."""
     host_bytes: int | None = None
-    """Bytes of CPU memory that offloaded weights, gradients and optimizer states take; None without offload, for more
-    than one process, or for a method that freezes weights."""
+    """Bytes of CPU memory that offloaded weights, gradients and optimizer states of one process take; None without
+    offload, or for a method that freezes weights."""
     speed: Speed | None = None
     change: str | None = None
     """The cheapest change that would make it fit, or that there is none; None if it fits."""

@@ -178,7 +178,8 @@ class MemorySimulation:
             self._contexts.close()
             self._raise_if_value_dependent(error)
             raise
-        for context in (self.emulation.patch_libraries(), self.recipe.optimizer.meta_context(), self.emulation):
+        patches = self.recipe.optimizer.meta_context(self.device_type)
+        for context in (self.emulation.patch_libraries(), patches, self.emulation):
             self._contexts.enter_context(context)
         return self
 
