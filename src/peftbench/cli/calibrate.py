@@ -26,7 +26,7 @@ _CalibrationFileOption = Annotated[
 
 
 def calibrate(device: _CalibratedDeviceOption = None, out: _CalibrationFileOption = Path("device.json")) -> None:
-    """Measure how fast this machine computes, in about a minute, and write a file for estimate --device and fit."""
+    """Measure the speed of this machine in about a minute. Write a device file for estimate and fit --device."""
     from peftbench.common.libraries import quiet_libraries
 
     with cli_errors():
@@ -46,7 +46,7 @@ def calibrate(device: _CalibratedDeviceOption = None, out: _CalibrationFileOptio
         facts = facts.model_copy(update={"measured_speed": speeds})
         write_atomically(out, facts.model_dump_json(indent=1) + "\n")
         print(_summarize(speeds))
-        print_to_stderr(f"written to {out}; use it with: peftbench estimate RECIPE --device {out}")
+        print_to_stderr(f"written to {out}; use it with: peftbench estimate RECIPE.yaml --device {out}")
 
 
 def _check_file_name(out: Path) -> None:
@@ -123,5 +123,5 @@ def _summarize(speeds: MeasuredSpeeds) -> str:
     largest = max(copies, key=lambda point: point.nbytes)
     return (
         f"{speeds.machine}, {speeds.num_threads} threads: products {products} TFLOP/s; memory "
-        f"{largest.nbytes / largest.seconds / 1e9:,.0f} GB/s; {speeds.seconds_per_launch * 1e6:,.1f} us a launch"
+        f"{largest.nbytes / largest.seconds / 1e9:,.0f} GB/s; {speeds.seconds_per_launch * 1e6:,.1f} us per launch"
     )

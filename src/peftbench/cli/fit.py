@@ -32,12 +32,13 @@ _DeviceOption = Annotated[
     typer.Option(
         "--device",
         "--gpu",
-        help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: a generic GPU of unknown memory size.",
+        help="Device to plan for, e.g. t4, a10g, h100 or cpu, or a file of peftbench calibrate. Default: a generic GPU "
+        "of unknown memory size.",
     ),
 ]
 _DataOption = Annotated[
     Optional[str],
-    typer.Option("--data", metavar="FILE", help="Examples. Default: every token is labeled."),
+    typer.Option("--data", metavar="FILE", help="File of examples. Default: rows with all tokens labeled."),
 ]
 _MaxLengthOption = Annotated[
     Optional[int],
@@ -48,11 +49,11 @@ _ExamplesOption = Annotated[
     typer.Option(min=1, help="Number of examples whose hours are given. Default: those of --data, or 1000."),
 ]
 _PriceOption = Annotated[
-    Optional[float], typer.Option(min=0, help="Price of one device per hour, to give the price of the examples.")
+    Optional[float], typer.Option(min=0, help="Price of one device per hour. Adds the price of training.")
 ]
 _WriteSuiteOption = Annotated[
     Optional[Path],
-    typer.Option(metavar="DIR", help="Write a suite with a recipe of each method that fits to this new folder."),
+    typer.Option(metavar="DIR", help="Write a suite to this new folder, with one recipe for each method that fits."),
 ]
 _TechniquesOption = Annotated[
     Optional[str],
@@ -101,7 +102,7 @@ def fit(
 ) -> None:
     """Find which methods of a model fit the budget, with which micro-batch and context length.
 
-    For a recipe: find the largest micro-batch that fits, for each combination of memory-saving techniques.
+    For a recipe: find the largest micro-batch that fits with each combination of memory-saving techniques.
 
     The exit code is 0 if something surely fits, else 1.
     """

@@ -25,7 +25,7 @@ _SECONDS_PER_POINT = 0.02
 _SECONDS_PER_SAMPLE = 3e-4
 _MIN_SAMPLES = 5
 _POOL_BYTES = 96 << 20
-"""Inputs of an operation are taken in turn from this many bytes, more than a CPU's cache, as in a step."""
+"""Total bytes of the inputs between which an operation alternates: more than a CPU's cache holds, as in a step."""
 _MAX_POOL = 32
 
 
@@ -194,7 +194,7 @@ def _count_copies(nbytes: int) -> int:
 def _take_turns(run: Callable[..., object], pool: Sequence[Sequence[Any]]) -> Callable[[], None]:
     """Return a call of ``run`` with the next arguments of ``pool``, which keeps its result until their next turn.
 
-    So inputs are not in the cache and results are other memory than the previous result, as in a step.
+    As in a step, inputs are not in the cache, and each result is in other memory than the previous one.
     """
     results: list[object] = [None] * len(pool)
     turns = itertools.cycle(range(len(pool)))

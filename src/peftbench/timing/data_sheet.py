@@ -1,4 +1,4 @@
-"""Speeds of a GPU that was not measured: its data sheet, and the ranges of what programs reach of it."""
+"""Speeds of a GPU that was not measured: its data sheet, and the fractions of it that programs reach."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peftbench.timing.operations import Operation
 from peftbench.timing.speeds import MissingSpeedError, SecondsRange
 
 PRODUCT_EFFICIENCY = (0.35, 0.85)
-"""Share of the peak FLOP/s that large products reach."""
+"""Fraction of the peak FLOP/s that large matrix products reach."""
 ATTENTION_EFFICIENCY = (0.15, 0.6)
 """Share of the peak FLOP/s that fused attention kernels reach."""
 BANDWIDTH_EFFICIENCY = (0.5, 0.9)
@@ -22,13 +22,13 @@ LINK_BYTES_PER_SECOND = (8e9, 300e9)
 
 @dataclass(frozen=True)
 class DataSheetSpeeds:
-    """Ranges by the peak FLOP/s and the memory bandwidth of a data sheet."""
+    """Ranges of time from the peak FLOP/s and the memory bandwidth of a data sheet."""
 
     torch_name: str
     bytes_per_second: float
     overlaps_launches: bool = True
     launch_seconds: SecondsRange = LAUNCH_SECONDS
-    basis: str = field(default="by a data sheet, not measured")
+    basis: str = field(default="from the data sheet, not measured")
 
     def estimate_operation(self, operation: Operation) -> SecondsRange:
         """Return the longer time of arithmetic and memory: minimum and maximum.

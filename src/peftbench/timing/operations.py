@@ -49,7 +49,7 @@ class Operation(NamedTuple):
     nbytes: int = 0
     """Bytes read and written; of an exchange, bytes that this process sends."""
     is_launched: bool = True
-    """False for one tensor of an operation on a list of tensors, which one more key counts as launched."""
+    """False for one tensor of an operation on a list of tensors; a separate key counts the launch of the list."""
 
 
 OperationCounts = Counter[Operation]

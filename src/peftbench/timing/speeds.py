@@ -110,7 +110,7 @@ class MeasuredSpeeds(_Frozen):
 
     @property
     def basis(self) -> str:
-        return f"measured on {self.machine} with {self.num_threads} threads, torch {self.torch_version}"
+        return f"from measurements on {self.machine} with {self.num_threads} threads, torch {self.torch_version}"
 
     def estimate_operation(self, operation: Operation) -> SecondsRange:
         seconds = self._seconds(operation)

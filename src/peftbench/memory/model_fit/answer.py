@@ -30,7 +30,7 @@ class Speed(_Answer):
     price: tuple[float, float] | None
     """Price of these hours, None if no price per hour is known."""
     basis: str
-    """Clause on where the numbers come from."""
+    """Source of the numbers, as a clause."""
 
 
 class MethodFit(_Answer):

@@ -53,8 +53,8 @@ def measure_examples(recipe: Recipe, model_path: str) -> tuple[ExampleLengths | 
         encoder = build_split_encoder(recipe)
     except (ModelNotFoundError, HubUnreachableError):
         return None, (
-            "the examples are not measured: that needs the model's tokenizer, which was found neither in a folder nor "
-            "on the Hub; rows have the length of --max-length, and all their tokens are labeled"
+            "the examples are not measured: the model's tokenizer was found neither in a folder nor on the Hub; "
+            "rows have the length of --max-length, and all their tokens are labeled"
         )
     summary = summarize_split(recipe, encoder, "train", 0)
     lengths = [min(length, summary.max_length) for length in summary.lengths]

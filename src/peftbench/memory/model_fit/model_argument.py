@@ -144,7 +144,7 @@ def _read_model(path: str, argument: str | None = None) -> tuple[PreTrainedConfi
         ) from error
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            str(error).partition("; ")[0].replace(path, argument or path), "give a model that is one"
+            str(error).partition("; ")[0].replace(path, argument or path), "give a causal language model"
         ) from error
     except ModelError as error:
         raise type(error)(_replace_path(error, path, argument)) from error

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workload:
-    """The examples whose time is asked for."""
+    """The examples whose training time is predicted."""
 
     num_examples: int
     tokens_per_example: float

@@ -1,8 +1,8 @@
 """Extrapolate the events of a model with few equal units of layers to those of a model with any number of them.
 
 A step passes over the layers several times: in the forward pass, in the backward pass, and in an optimizer that updates
-one parameter after another. In each pass over four units, the events of unit 2 follow those of unit 1, or the other way
-round. They are repeated, with storages of their own, for each unit that was not simulated. All other events are kept.
+one parameter after another. In each pass over four units, the events of unit 2 follow those of unit 1, or vice
+versa. They are repeated, with storages of their own, for each unit that was not simulated. All other events are kept.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _split_by_unit(events: Sequence[MemoryEvent], units: Sequence[int | None]) -
 
 
 def _find_last_unit(neighbors: Sequence[_Run]) -> list[MemoryEvent]:
-    """Return the events of the last unit next to a pass: the repeated unit may release storages of its neighbor."""
+    """Return the events of the last unit next to a pass: the repeated unit may release its storages."""
     for run in neighbors:
         if run.unit is not None:
             return run.events if run.unit == _LAST else []

@@ -88,7 +88,7 @@ def find_pattern(layers: Sequence[nn.Module]) -> LayerPattern | None:
 
 
 def describe_module(module: nn.Module) -> Hashable:
-    """Return what decides a module's operations: its submodules with their classes, settings and parameters.
+    """Return what determines a module's operations: its submodules with their classes, settings and parameters.
 
     The index of a layer is left out. Two layers with equal descriptions allocate the same storages.
     """

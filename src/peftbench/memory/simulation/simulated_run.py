@@ -102,7 +102,7 @@ _patterns: dict[tuple[str, ...], LayerPattern | None] = {}
 
 
 def _identify_architecture(recipe: Recipe) -> tuple[str, ...]:
-    """Return what decides the layers of a recipe's model."""
+    """Return what determines the layers of a recipe's model."""
     with with_bundled_config(recipe.model) as model_config:
         config = identify(load_config(model_config))
     sections = (recipe.model.model_dump_json(), recipe.method.model_dump_json(), recipe.optimizer.model_dump_json())

@@ -99,7 +99,7 @@ def _format_step_time(step_time: StepTime) -> str:
     """Return seconds and tokens per second of a step, as ranges unless both ends are equal."""
     seconds = _format_value_range(*step_time.seconds)
     tokens = _format_value_range(*step_time.tokens_per_second)
-    return f"time: {seconds} s a step, {tokens} tokens/s ({step_time.basis})"
+    return f"time: {seconds} s per step, {tokens} tokens/s ({step_time.basis})"
 
 
 def _format_value_range(low: float, high: float) -> str:

@@ -114,7 +114,7 @@ def _format_amount(value: float) -> str:
 
 
 def _iter_changes(answer: FitAnswer) -> Iterator[str]:
-    """Yield, for each method that does not fit, the cheapest change with which it would, or why there is no plan."""
+    """Yield, for each method that does not fit, the cheapest change with which it would fit, or why it has no plan."""
     for row in answer.methods:
         if row.change is not None:
             yield f"to fit {row.title}: {row.change}"
@@ -132,7 +132,7 @@ def _iter_notes(answer: FitAnswer) -> Iterator[str]:
     bases = dict.fromkeys(row.speed.basis for row in answer.methods if row.speed is not None)
     yield from (f"note: speeds are predicted {basis}" for basis in bases)
     if not bases:
-        yield "note: no speed is given, since the device's FLOP/s or memory bandwidth are not known"
+        yield "note: no speed is predicted: the device's speeds are unknown, or see the plans' notes in --json"
     yield from (f"note: {terminal_safe(note)}" for note in answer.notes)
 
 
