@@ -124,6 +124,12 @@ def fit(
             has_fit = print_recipe_fit(settings, options, as_json=as_json)
         else:
             _refuse_options(of_recipes, "a recipe; give one in place of the model")
+            if data is not None and examples is not None:
+                raise RecipeError("--examples was given with --data, which has its own examples; omit one of them")
+            if write_suite is not None and (accelerate is not None or processes is not None):
+                raise RecipeError(
+                    "--write-suite writes suites for one process, without --accelerate and --processes; omit them"
+                )
             question = ModelFitOptions(*named, data, max_length, examples or _DEFAULT_EXAMPLES, price, write_suite)
             has_fit = print_model_fit(question, options, as_json=as_json)
         if not has_fit:

@@ -85,12 +85,18 @@ def _build_method_target(options: TargetOptions, folder: Path, method: FitMethod
 
 def _build_settings(question: ModelFitOptions, source: ModelSource, options: TargetOptions) -> FitSettings:
     """Return what all rows have in common; reads the examples if there is a file."""
+    from peftbench.errors import OutOfRangeError
     from peftbench.memory.model_fit.examples import measure_examples
     from peftbench.memory.model_fit.method_search import FitSettings
     from peftbench.memory.model_fit.methods import FitRequest, build_any_recipe
     from peftbench.modeling.loading import get_max_positions
 
     overrides = list(question.overrides)
+    max_positions = get_max_positions(source.config)
+    if question.max_length is not None and max_positions is not None and question.max_length > max_positions:
+        raise OutOfRangeError(
+            f"--max-length {question.max_length} exceeds the model's {max_positions} positions; give at most that many"
+        )
     if question.max_length is not None:
         overrides.append(f"data.max_length={question.max_length}")
     request = FitRequest(source.path, source.config_path, tuple(overrides), question.data)
@@ -101,7 +107,7 @@ def _build_settings(question: ModelFitOptions, source: ModelSource, options: Tar
         request=request,
         device_name=target.device_name,
         budget_bytes=target.required_budget,
-        max_positions=get_max_positions(source.config),
+        max_positions=max_positions,
         parameters=source.parameters,
         num_examples=question.num_examples,
         max_length=question.max_length,

@@ -47,7 +47,9 @@ def estimate(
     _check_precision(recipe, facts)
     size, label_count = _compute_size(recipe, launch_config.dp_world_size)
     run = simulate_run(_to_simulated(recipe), facts.capability, size, launch_config)
-    step_time, time_notes = predict_time(run.operation_counts, recipe, facts, size.sequence_length)
+    step_time, time_notes = predict_time(
+        run.operation_counts, recipe, facts, size.sequence_length, launch_config.engine
+    )
     events = run.events
     replay = replay_allocator(events, facts.device_type)
     context, workspaces = _to_int_range(facts.context), _to_int_range(facts.workspaces)

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftbench.errors import PeftbenchError
+from peftbench.errors import OutOfRangeError, PeftbenchError
 from peftbench.memory.label_counts import LabelCount, with_label_count
 from peftbench.memory.model_fit.answer import FitAnswer, MethodFit, MicroBatchLimit
 from peftbench.memory.model_fit.host_memory import compute_host_bytes
-from peftbench.memory.model_fit.methods import FIT_METHODS, FitMethod, FitRequest
+from peftbench.memory.model_fit.methods import FIT_METHODS, FitMethod, FitRequest, select_error
 from peftbench.memory.model_fit.plan_points import PlanPoints
 from peftbench.memory.model_fit.speed import Workload, describe_speed
 
@@ -97,7 +97,7 @@ def fit_model(
             errors.append(error)
             rows.append(MethodFit(name=method.name, title=method.title, overrides=method.overrides, reason=str(error)))
     if len(errors) == len(rows):
-        raise errors[0]
+        raise select_error(errors)
     return FitAnswer(
         model=settings.request.model_path,
         parameters=settings.parameters,
@@ -123,6 +123,11 @@ def fit_method(method: FitMethod, recipe: Recipe, target: MemoryTarget, settings
     recipe, _ = target.resolve(recipe)
     points = PlanPoints(recipe, target)
     room = None if settings.max_positions is None else settings.max_positions - recipe.method.occupied_positions
+    if room is not None and room < 1:
+        raise OutOfRangeError(
+            f"the method takes {recipe.method.occupied_positions} of the model's {settings.max_positions} positions and "
+            "leaves none for tokens; use fewer virtual tokens"
+        )
     plan = points.get(1, min(settings.reference_length, room or settings.reference_length))
     limits = tuple(_find_micro_batch(points, min(length, room or length)) for length in settings.column_lengths)
     longest = _find_longest_context(points, plan, room)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftbench.errors import PeftbenchError
+from peftbench.errors import PeftbenchError, UnknownKeyError
 from peftbench.recipe.loader import merge_configs, parse_recipe, to_inline_yaml
 
 if TYPE_CHECKING:
@@ -119,4 +120,9 @@ def build_any_recipe(request: FitRequest) -> Recipe:
             return request.build_recipe(method)
         except PeftbenchError as error:
             errors.append(error)
-    raise errors[0]
+    raise select_error(errors)
+
+
+def select_error(errors: Sequence[PeftbenchError]) -> PeftbenchError:
+    """Return the first error that is not about a key of other methods, else the first one."""
+    return next((error for error in errors if not isinstance(error, UnknownKeyError)), errors[0])

@@ -93,7 +93,7 @@ def open_model(argument: str) -> Iterator[ModelSource]:
     """
     file = Path(argument)
     if not (argument.endswith(".json") and file.is_file()):
-        name = _find_shipped_name(argument) or argument
+        name = argument if file.exists() else _find_shipped_name(argument) or argument
         yield ModelSource(name, name, *_read_model(name))
         return
     with TemporaryDirectory(prefix="peftbench-") as folder:

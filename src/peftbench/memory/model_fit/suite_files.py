@@ -85,7 +85,7 @@ def _write_recipe(answer: FitAnswer, request: FitRequest, row: MethodFit, folder
     largest = next((limit.rows for limit in row.micro_batches if limit.length == length), 1)
     rows = max(1, min(largest, GLOBAL_BATCH_SIZE))
     sizes = [f"train.micro_batch_size={rows}", f"evaluate.batch_size={rows}", f"data.max_length={length}"]
-    values = merge_configs([], [*row.overrides, *sizes], [], request.overrides)
+    values = merge_configs([], row.overrides, [], [*request.overrides, *sizes])
     least, most = (size / _GIB for size in row.plan.process_bytes)
     header = [
         f"{row.title} of {answer.model} on {answer.device_name} ({answer.budget_bytes / _GIB:.2f} GiB).",
@@ -114,9 +114,9 @@ def _get_engine(row: MethodFit) -> str | None:
 def _write_suite_file(answer: FitAnswer, folder: Path, engine: str | None, rows: Sequence[MethodFit]) -> str:
     """Write the suite of one engine; return the command that runs it."""
     file = folder / (_SUITE_FILE if engine is None else f"{engine}_{_SUITE_FILE}")
-    values: dict[str, Any] = {"name": folder.name, "recipes": [f"{row.name}.yaml" for row in rows]}
+    values: dict[str, Any] = {"name": folder.resolve().name, "recipes": [f"{row.name}.yaml" for row in rows]}
     if engine is not None:
-        values["name"] = f"{folder.name}_{engine}"
+        values["name"] = f"{folder.resolve().name}_{engine}"
         values["accelerate"] = copy_engine_files(engine, folder).name
     command = f"peftbench run {file}"
     _write_yaml(file, [f"Methods of {answer.model} that surely fit {answer.device_name}. Run: {command}"], values)

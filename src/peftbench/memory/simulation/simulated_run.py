@@ -112,6 +112,9 @@ def _identify_architecture(recipe: Recipe) -> tuple[str, ...]:
 def _find_verified_pattern(recipe: Recipe) -> LayerPattern | None:
     """Return the pattern of the whole model, unless models with few layers have other layers."""
     layers = build_layers(recipe)
+    with with_bundled_config(recipe.model) as model_config:
+        if getattr(load_config(model_config), "num_hidden_layers", None) != len(layers):
+            return None
     pattern = find_pattern(layers)
     if pattern is None:
         return None
