@@ -95,5 +95,8 @@ def _allocate(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) ->
     if numel < _MIN_SKIPPED_NUMEL or sys.platform != "linux":
         return torch.empty_strided(tuple(size), tuple(stride), dtype=dtype)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    mapping = mmap.mmap(-1, numel * dtype.itemsize, flags=flags)
+    try:
+        mapping = mmap.mmap(-1, numel * dtype.itemsize, flags=flags)
+    except OSError:  # vm.overcommit_memory=2 ignores the flag; torch raises an error that a plan explains
+        return torch.empty_strided(tuple(size), tuple(stride), dtype=dtype)
     return torch.frombuffer(mapping, dtype=dtype).as_strided(tuple(size), tuple(stride))
