@@ -125,8 +125,8 @@ def fit_method(method: FitMethod, recipe: Recipe, target: MemoryTarget, settings
     room = None if settings.max_positions is None else settings.max_positions - recipe.method.occupied_positions
     if room is not None and room < 1:
         raise OutOfRangeError(
-            f"the method takes {recipe.method.occupied_positions} of the model's {settings.max_positions} positions and "
-            "leaves none for tokens; use fewer virtual tokens"
+            f"the method takes {recipe.method.occupied_positions} of the model's {settings.max_positions} positions "
+            "and leaves none for tokens; use fewer virtual tokens"
         )
     plan = points.get(1, min(settings.reference_length, room or settings.reference_length))
     limits = tuple(_find_micro_batch(points, min(length, room or length)) for length in settings.column_lengths)

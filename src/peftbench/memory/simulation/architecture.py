@@ -12,7 +12,7 @@ from peftbench.common.libraries import imports_without_gc
 from peftbench.errors import EstimateUnavailableError
 from peftbench.memory.families import with_bundled_config
 from peftbench.memory.simulation.model import build_meta_model
-from peftbench.memory.simulation.repeating_layers import KeptLayers, list_layers
+from peftbench.memory.simulation.repeating_layers import KeptLayers, list_transformer_layers
 from peftbench.modeling.loading import load_config
 from peftbench.training.build import add_method, get_loaded_dtype
 from peftbench.training.recipe_trial import try_recipe
@@ -36,7 +36,7 @@ def build_layers(recipe: Recipe, kept_layers: KeptLayers | None = None) -> list[
         # On the meta device no weights are initialized; some types of peft need values of their own weights.
         with nullcontext() if recipe.method.needs_trial else torch.device("meta"):
             add_method(recipe, base)
-    return list_layers(base.model)
+    return list_transformer_layers(base.model)
 
 
 def build_base(recipe: Recipe, kept_layers: KeptLayers | None = None) -> LoadedModel:

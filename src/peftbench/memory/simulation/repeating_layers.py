@@ -62,7 +62,7 @@ class LayerPattern:
         )
 
 
-def list_layers(model: nn.Module) -> list[nn.Module]:
+def list_transformer_layers(model: nn.Module) -> list[nn.Module]:
     """Return the transformer layers of a model in the order of its forward pass."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -31,7 +31,7 @@ from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.simulation.architecture import build_base, check_plannable
 from peftbench.memory.simulation.device import DeviceEmulation
 from peftbench.memory.simulation.fake_accelerator import FakeAccelerator
-from peftbench.memory.simulation.repeating_layers import KeptLayers, list_layers
+from peftbench.memory.simulation.repeating_layers import KeptLayers, list_transformer_layers
 from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_checkpointing import enable_checkpointing
 from peftbench.modeling.activation_offload import ActivationOffload
@@ -126,7 +126,7 @@ class MemorySimulation:
             enable_checkpointing(self.loaded_model.model, context_fn=context_fn)
         if device_type == "cpu":
             _move_plain_tensors_to_meta(self.model)
-        self.layers = list_layers(self.loaded_model.model)
+        self.layers = list_transformer_layers(self.loaded_model.model)
         self._layer_tags = None if kept_layers is None else LayerTags(self.layers, kept_layers.tags)
         self.step_parts = _StepPartTracker(self.emulation)
         self.operation_log = OperationLog(lambda: self.step_parts.current_part, device_type)
