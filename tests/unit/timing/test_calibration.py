@@ -125,7 +125,7 @@ def test_estimate_prints_the_time_on_a_calibrated_cpu(
     assert plan.step_time.examples == 6
     (line,) = [line for line in format_plan(plan).splitlines() if line.startswith("time: ")]
     assert line.endswith(
-        f"tokens/s (measured on a machine with {torch.get_num_threads()} threads, torch {torch.__version__})"
+        f"tokens/s (from measurements on a machine with {torch.get_num_threads()} threads, torch {torch.__version__})"
     )
     assert " to " not in line
 
@@ -135,7 +135,7 @@ def test_estimate_prints_a_range_by_data_sheet(workshop: Workshop) -> None:
     text = format_plan(plan_full(workshop, "h200"))
     (line,) = [line for line in text.splitlines() if line.startswith("time: ")]
     assert " to " in line
-    assert line.endswith("(by a data sheet, not measured)")
+    assert line.endswith("(from the data sheet, not measured)")
 
 
 def test_plan_without_figures_has_no_time(tmp_path: Path, workshop: Workshop) -> None:
