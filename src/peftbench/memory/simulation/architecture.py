@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from peftbench.training.trial import Trial
 
 
+def check_architecture(recipe: Recipe) -> None:
+    """Check that the recipe's base model can be built, before anything is derived from its config.
+
+    Raises:
+        ModelError: its config is invalid.
+    """
+    build_base(recipe)
+
+
 def build_layers(recipe: Recipe, kept_layers: KeptLayers | None = None) -> list[nn.Module]:
     """Return the transformer layers of the recipe's model on the meta device, with the method added.
 
