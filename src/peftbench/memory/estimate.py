@@ -17,7 +17,7 @@ from peftbench.memory.label_counts import LabelCount, count_labeled_tokens
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.plan import Plan, Verdict
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
-from peftbench.memory.simulation.architecture import check_architecture
+from peftbench.memory.simulation.architecture import check_buildable
 from peftbench.memory.simulation.simulated_run import RunSize, simulate_run
 from peftbench.memory.step_time import predict_time
 from peftbench.modeling.loading import get_max_positions, load_config
@@ -46,7 +46,7 @@ def estimate(
     """
     check_supported(recipe, launch_config.engine, facts.device_type)
     _check_precision(recipe, facts)
-    check_architecture(recipe)
+    check_buildable(recipe)
     size, label_count = _compute_size(recipe, launch_config.dp_world_size)
     run = simulate_run(_to_simulated(recipe), facts.capability, size, launch_config)
     step_time, time_notes = predict_time(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peftbench.training.trial import Trial
 
 
-def check_architecture(recipe: Recipe) -> None:
+def check_buildable(recipe: Recipe) -> None:
     """Check that the recipe's base model can be built, before anything is derived from its config.
 
     Raises:
